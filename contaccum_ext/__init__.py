@@ -1,0 +1,10 @@
+"""Exact memory-bank contrastive training of dense retrievers (ContAccum), in time linear in the bank."""
+
+from contaccum_ext import reference
+from contaccum_ext.bank import DualMemoryBank
+from contaccum_ext.functional import contaccum_loss
+from contaccum_ext.layout import BankLayout
+from contaccum_ext.losses import ContAccumLoss
+
+__all__ = ["BankLayout", "ContAccumLoss", "DualMemoryBank", "contaccum_loss", "reference"]
+__version__ = "0.1.0"

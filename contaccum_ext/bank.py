@@ -1,0 +1,317 @@
+"""The dual memory bank: two FIFO ring buffers and the table that makes the loss linear in them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from contaccum_ext import ops
+from contaccum_ext.layout import BankLayout
+from contaccum_ext.reference import accumulation_dtype
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DRIFT = ("none", "mean")
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return value
+
+
+class DualMemoryBank(nn.Module):
+    """Detached representations of earlier queries and passages, first in, first out.
+
+    Equivalent to two deques of `capacity` entries (ContAccum, arXiv 2406.12356, section 3.1), with a
+    table of partial log-sum-exps beside them, so that the loss never recomputes a banked x banked score.
+
+    Args:
+        capacity: slots C. A slot is one query, its passages and their ids.
+        dim: embedding size d.
+        passages_per_query: m, the positive first, then hard negatives.
+        dtype: what representations are rounded to on entry: float32, float64, bfloat16 or float16.
+            All sums are float32 (float64 for float64).
+        device: where the buffers live.
+        drift: "none", or "mean": correct old representations by the shift of their mean (see below).
+        drift_decay: decay per micro-batch of the running means that "mean" keeps.
+        layout: how slots are grouped; the default suits the capacity.
+
+    Drift: with "mean" each block of slots remembers the running means at which it was enqueued, and a
+    banked vector v counts as v + (mean now - mean then) wherever it meets a local one. That removes the
+    shortcut by which a model tells old negatives from fresh positives.
+
+    All state is in ``state_dict``; loading it and going on gives the same bits as never having stopped.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    bank_queries: Tensor  # (C, d)
+    bank_passages: Tensor  # (C, m, d)
+    bank_ids: Tensor  # (C, m) int64, -1 where there is none
+    cursor: Tensor  # (2) int64: next slot to be written, filled slots
+    block_lse: Tensor  # (blocks, C)
+    group_lse: Tensor  # (groups, C)
+    row_state: Tensor  # (ROW_STATES, C)
+    means: Tensor  # (2 + offset blocks, 1 + m, d)
+
+    def __init__(
+        self,
+        capacity: int,
+        dim: int,
+        passages_per_query: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        drift: str = "none",
+        drift_decay: float = 0.9,
+        layout: BankLayout | None = None,
+    ) -> None:
+        super().__init__()
+        self.capacity = _count("capacity", capacity)
+        self.dim = _count("dim", dim)
+        self.passages_per_query = _count("passages_per_query", passages_per_query)
+        if dtype not in _FLOATING:
+            raise TypeError(f"dtype: expected one of {_FLOATING}, got {dtype}")
+        if drift not in _DRIFT:
+            raise ValueError(f"drift: expected one of {_DRIFT}, got {drift!r}")
+        if not 0 <= drift_decay < 1:
+            raise ValueError(f"drift_decay: expected a number in [0, 1), got {drift_decay}")
+        self.drift, self.drift_decay = drift, float(drift_decay)
+        self.layout = layout or BankLayout.default(capacity)
+        self._window: int | None = None
+        m, table = passages_per_query, self.layout
+        acc = {"dtype": accumulation_dtype(dtype), "device": device}
+        index = {"dtype": torch.int64, "device": device}
+        shapes: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+            "bank_queries": ((capacity, dim), {"dtype": dtype, "device": device}),
+            "bank_passages": ((capacity, m, dim), {"dtype": dtype, "device": device}),
+            "bank_ids": ((capacity, m), index),
+            "cursor": ((2,), index),
+            "block_lse": ((table.blocks(capacity), capacity), acc),
+            "group_lse": ((table.groups(), capacity), acc),
+            "row_state": ((ops.ROW_STATES, capacity), acc),
+            "means": ((2 + table.offset_blocks(capacity), 1 + m, dim), acc),
+        }
+        for name, (shape, options) in shapes.items():
+            self.register_buffer(name, torch.zeros(shape, **options))
+        self.clear()
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Forget every slot, the running means and whether passages have ids."""
+        for name in ("bank_queries", "bank_passages", "cursor", "row_state", "means"):
+            getattr(self, name).zero_()
+        self.bank_ids.fill_(-1)
+        for buffer in (self.block_lse, self.group_lse, *self.row_state):
+            buffer.fill_(-math.inf)
+        self.row_state[ops.FRESH_SUM].zero_()
+        self._scale: float | None = None  # the scale that the table holds for
+        self._summed_window = self.window_blocks()  # the window that row_state holds for
+        self._has_ids: bool | None = None
+        self._manual_offsets = False
+
+    # -- what is in it ------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Filled slots F (reads the device)."""
+        return int(self.cursor[1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.bank_queries.dtype
+
+    @property
+    def has_ids(self) -> bool | None:
+        """Whether passages came with ids; None while the bank is empty."""
+        return self._has_ids
+
+    @property
+    def use_offsets(self) -> bool:
+        return self.drift != "none" or self._manual_offsets
+
+    def slots(self) -> Tensor:
+        """(F,) ring positions, oldest first."""
+        head, fill = self.cursor.tolist()
+        first = head if fill == self.capacity else 0
+        return (first + torch.arange(fill, device=self.cursor.device)) % self.capacity
+
+    def queries(self) -> Tensor:
+        """(F, d) banked queries, oldest first; a copy."""
+        return self.bank_queries[self.slots()]
+
+    def passages(self) -> Tensor:
+        """(F, m, d) banked passages, oldest first; a copy."""
+        return self.bank_passages[self.slots()]
+
+    def passage_ids(self) -> Tensor:
+        """(F, m) int64, -1 where there is none."""
+        return self.bank_ids[self.slots()]
+
+    def query_offsets(self) -> Tensor:
+        """(F, d) what is added to banked queries where they meet local passages."""
+        return self._offsets()[:, 0]
+
+    def passage_offsets(self) -> Tensor:
+        """(F, m, d) what is added to banked passages where they meet local queries."""
+        return self._offsets()[:, 1:]
+
+    def _offsets(self) -> Tensor:
+        slots, head, width = self.slots(), int(self.cursor[0]), self.layout.offset_block
+        block = slots // width
+        # What head has yet to overwrite in its offset block is a lap older than the rest of it.
+        older = (slots >= head) & (block == head // width) & (head % width != 0)
+        row = torch.where(older, self.means.shape[0] - 1, 1 + block)
+        return self.means[0] - self.means[row]
+
+    @torch.no_grad()
+    def set_offsets(self, query_offsets: Tensor, passage_offsets: Tensor) -> None:
+        """Set the offsets of every block of slots by hand (only with drift="none").
+
+        Slots enqueued later start with offset zero.
+
+        Args:
+            query_offsets: (offset blocks, d), row b for slots b * layout.offset_block and following.
+            passage_offsets: (offset blocks, m, d).
+        """
+        if self.drift != "none":
+            raise ValueError(f"drift: expected 'none' to set offsets, got {self.drift!r}")
+        blocks = self.layout.offset_blocks(self.capacity)
+        wanted = {
+            "query_offsets": (query_offsets, (blocks, self.dim)),
+            "passage_offsets": (passage_offsets, (blocks, self.passages_per_query, self.dim)),
+        }
+        for name, (tensor, shape) in wanted.items():
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{name}: expected finite values")
+        self.means[0].zero_()
+        self.means[1:-1, 0] = -query_offsets.to(self.means)
+        self.means[1:-1, 1:] = -passage_offsets.to(self.means)
+        self.means[-1] = self.means[1 + int(self.cursor[0]) // self.layout.offset_block]
+        self._manual_offsets = True
+
+    # -- the window ---------------------------------------------------------------------------
+
+    @property
+    def window(self) -> int:
+        """Newest slots in use: what was set, rounded up to whole blocks, at the bank's position now."""
+        return self.effective_window()
+
+    @window.setter
+    def window(self, value: int | None) -> None:
+        self._window = None if value is None else _count("window", value)
+
+    def effective_window(self) -> int:
+        return self.layout.effective_window(self.capacity, int(self.cursor[0]), self._window)
+
+    def window_blocks(self) -> int:
+        """Whole blocks in use besides the one being filled; -1 for every slot."""
+        return self.layout.window_blocks(self.capacity, self._window)
+
+    # -- what the op needs --------------------------------------------------------------------
+
+    def buffers_in_order(self) -> tuple[Tensor, ...]:
+        """The op's bank arguments, in the order of its schema."""
+        return (
+            self.bank_queries,
+            self.bank_passages,
+            self.bank_ids,
+            self.cursor,
+            self.block_lse,
+            self.group_lse,
+            self.row_state,
+            self.means,
+        )
+
+    def pending_rebuild(self, scale: float) -> int:
+        """What of the table does not fit this scale or the window that was set."""
+        if self._scale != scale:
+            return ops.REBUILD_TABLE
+        if self._summed_window != self.window_blocks():
+            return ops.REBUILD_WINDOW
+        return ops.REBUILD_NOTHING
+
+    def accept(self, scale: float, has_ids: bool | None) -> None:
+        """Note that the op has succeeded: its table fits, and ids were given or not."""
+        self._scale, self._summed_window = scale, self.window_blocks()
+        if has_ids is not None:
+            self._has_ids = has_ids
+
+    def enqueue(
+        self, queries: Tensor, passages: Tensor, passage_ids: Tensor | None = None
+    ) -> None:
+        """Append a batch without a loss. Arguments as in :func:`contaccum_ext.contaccum_loss`."""
+        from contaccum_ext.functional import contaccum_loss
+
+        with torch.no_grad():
+            temperature = 1.0 if self._scale is None else 1.0 / self._scale
+            contaccum_loss(queries, passages, self, temperature, passage_ids)
+
+    def table(self) -> Tensor:
+        """(F, blocks) Invariant T, rows oldest first: each row's log-sum-exp over each block's columns."""
+        rows = self.row_state
+        table = self.block_lse.clone()
+        head = int(self.cursor[0]) // self.layout.block
+        fresh = rows[ops.FRESH_MAX] + rows[ops.FRESH_SUM].log()
+        table[head] = torch.logaddexp(fresh, rows[ops.OLD_LSE])
+        return table[:, self.slots()].T
+
+    # -- state --------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """(5,) float64: scale, has_ids, window, window of row_state, manual offsets; -1 for None."""
+        has_ids = -1 if self._has_ids is None else int(self._has_ids)
+        window = -1 if self._window is None else self._window
+        scale = -1.0 if self._scale is None else self._scale
+        state = (scale, has_ids, window, self._summed_window, int(self._manual_offsets))
+        return torch.tensor(state, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        scale, has_ids, window, summed, manual = state.tolist()
+        self._scale = None if scale < 0 else scale
+        self._has_ids = None if has_ids < 0 else bool(has_ids)
+        self._window = None if window < 0 else int(window)
+        self._summed_window, self._manual_offsets = int(summed), bool(manual)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        """Refuse a state of another bank before anything is copied."""
+        for name, buffer in self.named_buffers():
+            given = state_dict.get(prefix + name)
+            if given is None:
+                errors.append(f"{prefix}{name}: expected in the state of a DualMemoryBank, missing")
+            elif given.shape != buffer.shape or given.dtype != buffer.dtype:
+                errors.append(
+                    f"{prefix}{name}: expected {tuple(buffer.shape)} {buffer.dtype}, "
+                    f"got {tuple(given.shape)} {given.dtype}"
+                )
+        if prefix + "_extra_state" not in state_dict:
+            errors.append(f"{prefix}_extra_state: expected in the state of a DualMemoryBank, missing")
+        if not errors:
+            super()._load_from_state_dict(
+                state_dict, prefix, metadata, strict, missing, unexpected, errors
+            )
+
+    def _apply(self, fn, recurse=True):
+        """Move or cast. The representations follow a cast, the table stays in its own precision."""
+        before = self.bank_queries.dtype
+        kept = {name: getattr(self, name) for name in ("block_lse", "group_lse", "row_state", "means")}
+        super()._apply(fn, recurse)
+        acc = accumulation_dtype(self.bank_queries.dtype)
+        for name, tensor in kept.items():
+            setattr(self, name, tensor.to(device=self.bank_queries.device, dtype=acc))
+        if self.bank_queries.dtype != before:
+            self._scale = None  # rounded representations have other scores: rebuild before use
+        return self
+
+    def extra_repr(self) -> str:
+        window = "all" if self._window is None else self._window
+        return (
+            f"capacity={self.capacity}, dim={self.dim}, passages_per_query={self.passages_per_query}, "
+            f"dtype={self.dtype}, drift={self.drift!r}, window={window}"
+        )

@@ -1,0 +1,187 @@
+"""The fused loss as a function: checks in Python, one op, gradients saved by the forward pass."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from contaccum_ext import ops
+from contaccum_ext.bank import DualMemoryBank
+from contaccum_ext.layout import BankLayout
+from contaccum_ext.reference import accumulation_dtype
+
+_ROW_WEIGHTING = ("local", "all")
+_BANKS = ("both", "passages", "queries")
+_NO_LAYOUT = BankLayout(1, 1, 1)
+
+
+def contaccum_loss(
+    queries: Tensor,
+    passages: Tensor,
+    bank: DualMemoryBank | None = None,
+    temperature: float = 1.0,
+    passage_ids: Tensor | None = None,
+    row_weighting: str = "local",
+    enqueue: bool = True,
+    banks: str = "both",
+) -> Tensor:
+    """Contrastive loss of a micro-batch against two memory banks (ContAccum, equations 5-9), then enqueue.
+
+    Equivalent to cross entropy over ``cat(queries, banked queries) @ cat(passages, banked passages).T /
+    temperature`` with banked vectors constant, in time and memory linear in the bank. Its plain-PyTorch
+    form is :func:`contaccum_ext.reference.contaccum_loss`. Gradients are computed in the forward pass;
+    what happens to the bank afterwards cannot change them.
+
+    Args:
+        queries: (n, d) floating, usually requiring grad.
+        passages: (n, m, d), positive first, then hard negatives; (n, d) means m = 1. Same dtype.
+        bank: used as it was before this batch; None for in-batch InfoNCE. Local vectors are rounded to
+            the bank's dtype. float64 meets only float64; the narrower types mix.
+        temperature: positive number; scores are inner products divided by it.
+        passage_ids: (n, m) int64. A column with the same id as a row's positive is left out of the row
+            unless it is that positive (a false negative); -1 never matches. Always or never for a bank.
+        row_weighting: "local" weights every row 1/n; "all" 1/(n + F) as in the paper.
+        enqueue: put the batch into the bank (the newest slots stay if n exceeds the capacity). A batch with
+            a non-finite or overflowing representation gives a non-finite loss and is not enqueued.
+        banks: "both"; "passages": banked queries are no loss rows (pre-batch negatives); "queries":
+            banked rows meet their own positive and local columns only, local rows local columns only.
+
+    Returns:
+        () float32, or float64 for a float64 bank.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: naming the argument, what was expected and what came. The
+            bank is then as it was, to the bit. Differentiating twice is refused with a RuntimeError.
+    """
+    _check_arguments(queries, passages, bank, passage_ids)
+    scale = 1.0 / _positive("temperature", temperature)
+    _check_choice("row_weighting", row_weighting, _ROW_WEIGHTING)
+    _check_choice("banks", banks, _BANKS)
+    columns = passages.unsqueeze(1) if passages.dim() == 2 else passages
+    if bank is None:
+        buffers, layout, window = _no_bank(queries, columns), _NO_LAYOUT, -1
+        rebuild, use_offsets, decay = ops.REBUILD_NOTHING, False, -1.0
+    else:
+        buffers, layout, window = bank.buffers_in_order(), bank.layout, bank.window_blocks()
+        rebuild, use_offsets = bank.pending_rebuild(scale), bank.use_offsets
+        decay = bank.drift_decay if bank.drift == "mean" else -1.0
+    needs_grad = torch.is_grad_enabled() and (queries.requires_grad or columns.requires_grad)
+    arguments = (
+        passage_ids,
+        *buffers,
+        [layout.group, layout.offset_block, layout.block],
+        scale,
+        window,
+        row_weighting == "all",
+        banks != "passages",
+        banks != "queries",
+        use_offsets,
+        decay,
+        needs_grad,
+        enqueue,
+        rebuild,
+    )
+    if needs_grad:
+        loss = _BankedLoss.apply(queries, columns, *arguments)
+    else:
+        loss = ops.banked_loss_(queries, columns, *arguments)[0]
+    if bank is not None:
+        bank.accept(scale, passage_ids is not None if enqueue else None)
+        if not torch.compiler.is_compiling():
+            # C++ kernels do not bump versions: keep autograd's check of saved tensors alive.
+            torch.autograd.graph.increment_version(buffers)
+    return loss
+
+
+class _BankedLoss(torch.autograd.Function):
+    """The op with its gradients: computed while the bank is as the loss saw it, multiplied later."""
+
+    @staticmethod
+    def forward(ctx, queries, passages, *arguments):
+        loss, d_queries, d_passages = ops.banked_loss_(queries, passages, *arguments)
+        ctx.save_for_backward(d_queries, d_passages)
+        ctx.others = len(arguments)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        wanted = zip(ctx.needs_input_grad[:2], ctx.saved_tensors, strict=True)
+        grads = [saved * grad if needed else None for needed, saved in wanted]
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = [g if g is None else _refuse_second_derivative(g) for g in grads]
+        return (*grads, *[None] * ctx.others)
+
+
+class _SecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(
+            "contaccum_loss: expected to be differentiated once, got a second differentiation: the "
+            "gradient is computed in the forward pass and has no graph of its own. "
+            "Use contaccum_ext.reference.contaccum_loss for second derivatives."
+        )
+
+
+def _refuse_second_derivative(grad: Tensor) -> Tensor:
+    return _SecondDerivative.apply(grad.detach().requires_grad_())
+
+
+def _no_bank(queries: Tensor, passages: Tensor) -> tuple[Tensor, ...]:
+    """Buffers of a bank without slots, in the order of the schema."""
+    d, m = queries.shape[-1], passages.shape[1]
+    acc = accumulation_dtype(queries.dtype)
+    index = {"dtype": torch.int64}
+    return (
+        queries.new_empty(0, d),
+        queries.new_empty(0, m, d),
+        queries.new_empty(0, m, **index),
+        queries.new_zeros(2, **index),
+        queries.new_empty(0, 0, dtype=acc),
+        queries.new_empty(_NO_LAYOUT.groups(), 0, dtype=acc),
+        queries.new_empty(ops.ROW_STATES, 0, dtype=acc),
+        queries.new_empty(2, 1 + m, d, dtype=acc),
+    )
+
+
+def _check_arguments(queries, passages, bank, passage_ids) -> None:
+    """What the op cannot say as well: kinds of object, devices, ids given sometimes."""
+    if bank is not None and not isinstance(bank, DualMemoryBank):
+        raise TypeError(f"bank: expected a DualMemoryBank or None, got {type(bank).__name__}")
+    for name, tensor in (("queries", queries), ("passages", passages), ("passage_ids", passage_ids)):
+        if tensor is None and name == "passage_ids":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        device = queries.device if bank is None else bank.bank_queries.device
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+    if queries.dim() != 2:
+        raise ValueError(f"queries: expected shape (n, d), got {tuple(queries.shape)}")
+    if passages.dim() not in (2, 3):
+        raise ValueError(f"passages: expected shape (n, m, d) or (n, d), got {tuple(passages.shape)}")
+    given = passage_ids is not None
+    if bank is not None and bank.has_ids is not None and bank.has_ids != given:
+        stored, came = ("with", "none") if bank.has_ids else ("without", "some")
+        raise ValueError(
+            f"passage_ids: expected as in the bank, which was filled {stored} ids, got {came}; "
+            "clear the bank to change"
+        )
+
+
+def _positive(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name}: expected a positive finite number, got {value}")
+    return float(value)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")

@@ -1,0 +1,70 @@
+"""How the slots of a bank are grouped for the table of partial log-sum-exps and for the offsets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BankLayout:
+    """Slot counts: `group` divides `offset_block` divides `block`; the last of each may be short.
+
+    - group: step in which the oldest block is aged out and the next one prepared.
+    - offset_block: slots that share one stored mean, hence one offset (drift correction).
+    - block: width W of the table (Invariant T) and granularity of the window.
+    """
+
+    group: int
+    offset_block: int
+    block: int
+
+    def __post_init__(self) -> None:
+        if self.group < 1 or self.offset_block % self.group or self.block % self.offset_block:
+            raise ValueError(
+                "layout: expected group >= 1 dividing offset_block dividing block, got "
+                f"group={self.group}, offset_block={self.offset_block}, block={self.block}"
+            )
+
+    @staticmethod
+    def default(capacity: int) -> BankLayout:
+        """Balance the table's two parts, capacity / block and block / group entries a row.
+
+        The group grows with the capacity so that both together stay a small fraction of a bank row:
+        128 entries (512 bytes) at 32,768 slots, 256 at a million.
+        """
+        group = 8 if capacity <= 1 << 16 else 16 if capacity <= 1 << 18 else 64
+        block = max(group, math.isqrt(max(capacity, 1) * group))
+        unit = 64 if block >= 64 else group
+        block = -(-block // unit) * unit
+        return BankLayout(group, min(64, block), block)
+
+    def blocks(self, capacity: int) -> int:
+        """Rows of the table."""
+        return -(-capacity // self.block)
+
+    def groups(self) -> int:
+        """Groups in a whole block."""
+        return self.block // self.group
+
+    def offset_blocks(self, capacity: int) -> int:
+        """Stored means, not counting the spare one of the block being overwritten."""
+        return -(-capacity // self.offset_block)
+
+    def window_blocks(self, capacity: int, window: int | None) -> int:
+        """Whole blocks in use besides the one being filled; -1 for all slots."""
+        if window is None or window >= capacity:
+            return -1
+        whole = -(-window // self.block)
+        return whole if whole < self.blocks(capacity) else -1
+
+    def effective_window(self, capacity: int, head: int, window: int | None) -> int:
+        """Newest slots in use when the next write goes to slot `head`."""
+        whole = self.window_blocks(capacity, window)
+        if whole < 0:
+            return capacity
+        current, count = head // self.block, head % self.block
+        for age in range(1, whole + 1):
+            b = (current - age) % self.blocks(capacity)
+            count += min(self.block, capacity - b * self.block)
+        return count

@@ -1,0 +1,31 @@
+"""The raw operator ``torch.ops.contaccum_ext.banked_loss_`` and its fake kernel.
+
+Schema and checks are in csrc/ops.cpp. Call it through :func:`contaccum_ext.contaccum_loss`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from contaccum_ext import _C  # noqa: F401  (registers the operator)
+from contaccum_ext.reference import accumulation_dtype
+
+# What of the table has to be computed anew before the loss (enum Rebuild in csrc/params.h).
+REBUILD_NOTHING, REBUILD_WINDOW, REBUILD_TABLE = 0, 1, 2
+
+# Rows of the row_state buffer (enum RowState in csrc/params.h).
+ROW_LSE, BASE_LSE, FRESH_MAX, FRESH_SUM, OLD_LSE, POSITIVE, ROW_STATES = range(7)
+
+banked_loss_ = torch.ops.contaccum_ext.banked_loss_.default
+
+
+@torch.library.register_fake("contaccum_ext::banked_loss_")
+def _(queries, passages, passage_ids, bank_queries, *rest):
+    acc = accumulation_dtype(bank_queries.dtype)
+    with_grad = rest[-3]
+    n = queries.shape[0] if with_grad else 0
+    return (
+        queries.new_empty((), dtype=acc),
+        queries.new_empty((n, *queries.shape[1:])),
+        queries.new_empty((n, *passages.shape[1:])),
+    )

@@ -1,0 +1,201 @@
+"""The one oracle: ContAccum's loss in plain PyTorch, over the full (n + F) x (n + F)m matrix.
+
+Everything the kernels do is defined here in a few readable lines, at quadratic cost. Sources: ContAccum
+(arXiv 2406.12356), equations 5-9, and this project's additions (offsets, window, masking, row weights).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from contaccum_ext.layout import BankLayout
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for every narrower floating type."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class _Slot:
+    query: Tensor  # (d,)
+    passages: Tensor  # (m, d)
+    ids: Tensor  # (m,) int64, -1 where there is none
+    generation: tuple[int, int]  # (lap around the ring, offset block): slots that share a stored mean
+
+
+class DualMemoryBank:
+    """The bank as a Python list: newest slot last, oldest slot dropped. No ring, no table.
+
+    It has the part of :class:`contaccum_ext.DualMemoryBank` that :func:`contaccum_loss` reads, so that a
+    test can run both side by side.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        dim: int,
+        passages_per_query: int = 1,
+        dtype: torch.dtype = torch.float32,
+        drift: str = "none",
+        drift_decay: float = 0.9,
+        layout: BankLayout | None = None,
+    ) -> None:
+        self.capacity, self.dim, self.passages_per_query = capacity, dim, passages_per_query
+        self.dtype, self.drift, self.drift_decay = dtype, drift, drift_decay
+        self.layout = layout or BankLayout.default(capacity)
+        self.window: int | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        self.slots: list[_Slot] = []
+        self.written = 0  # slots ever written, so written % capacity is the ring's write position
+        self.has_ids: bool | None = None
+        acc = accumulation_dtype(self.dtype)
+        self.mean = torch.zeros(1 + self.passages_per_query, self.dim, dtype=acc)
+        self.block_means: dict[tuple[int, int], tuple[int, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def queries(self) -> Tensor:
+        return self._stack([slot.query for slot in self.slots], (self.dim,))
+
+    def passages(self) -> Tensor:
+        shape = (self.passages_per_query, self.dim)
+        return self._stack([slot.passages for slot in self.slots], shape)
+
+    def passage_ids(self) -> Tensor:
+        ids = [slot.ids for slot in self.slots]
+        return torch.stack(ids) if ids else torch.zeros(0, self.passages_per_query, dtype=torch.int64)
+
+    def _stack(self, rows: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+        return torch.stack(rows) if rows else torch.zeros(0, *shape, dtype=self.dtype)
+
+    def _offsets(self) -> Tensor:
+        """(F, 1 + m, d): running mean now minus the mean stored with each slot's generation."""
+        if not self.slots:
+            return torch.zeros(0, *self.mean.shape, dtype=self.mean.dtype)
+        return torch.stack([self.mean - self.block_means[s.generation][1] for s in self.slots])
+
+    def query_offsets(self) -> Tensor:
+        return self._offsets()[:, 0]
+
+    def passage_offsets(self) -> Tensor:
+        return self._offsets()[:, 1:]
+
+    def set_offsets(self, query_offsets: Tensor, passage_offsets: Tensor) -> None:
+        """Give every generation of offset block b the offsets of row b."""
+        for (lap, block), (count, _) in self.block_means.items():
+            offset = torch.cat([query_offsets[block : block + 1], passage_offsets[block]])
+            self.block_means[lap, block] = (count, self.mean - offset.to(self.mean.dtype))
+
+    def effective_window(self) -> int:
+        """Newest slots in use: the started block plus ceil(window / block) whole ones."""
+        return self.layout.effective_window(self.capacity, self.written % self.capacity, self.window)
+
+    def enqueue(self, queries: Tensor, passages: Tensor, passage_ids: Tensor | None = None) -> None:
+        n = queries.shape[0]
+        queries, passages = queries.detach().to(self.dtype), passages.detach().to(self.dtype)
+        if passages.dim() == 2:
+            passages = passages[:, None]
+        self.has_ids = passage_ids is not None
+        if passage_ids is None:
+            passage_ids = torch.full((n, self.passages_per_query), -1, dtype=torch.int64)
+        batch_mean = torch.cat([queries[:, None], passages], 1).to(self.mean.dtype).mean(0)
+        if self.drift == "mean":
+            keep = self.drift_decay if self.written else 0.0
+            self.mean = keep * self.mean + (1 - keep) * batch_mean
+        for i in range(n):
+            lap, position = divmod(self.written, self.capacity)
+            generation = (lap, position // self.layout.offset_block)
+            count, mean = self.block_means.get(generation, (0, torch.zeros_like(self.mean)))
+            self.block_means[generation] = (count + 1, (count * mean + self.mean) / (count + 1))
+            self.slots.append(_Slot(queries[i], passages[i], passage_ids[i], generation))
+            self.written += 1
+        self.slots = self.slots[-self.capacity :]
+
+
+def _straight_through(x: Tensor, storage: torch.dtype, compute: torch.dtype) -> Tensor:
+    """x rounded to the bank's dtype, computed with in `compute`, with the gradient of the identity."""
+    exact = x.to(compute)
+    return exact + (x.detach().to(storage).to(compute) - exact.detach())
+
+
+def contaccum_loss(
+    queries: Tensor,
+    passages: Tensor,
+    bank=None,
+    temperature: float = 1.0,
+    passage_ids: Tensor | None = None,
+    row_weighting: str = "local",
+    enqueue: bool = True,
+    banks: str = "both",
+    *,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Same arguments and result as :func:`contaccum_ext.contaccum_loss`, over the full matrix.
+
+    Args:
+        bank: a :class:`DualMemoryBank` of this module, or the package's own, or None.
+        compute_dtype: precision of all arithmetic; default the bank's accumulation dtype.
+    """
+    if passages.dim() == 2:
+        passages = passages[:, None]
+    (n, d), m = queries.shape, passages.shape[1]
+    storage = bank.dtype if bank is not None else queries.dtype
+    compute = compute_dtype or accumulation_dtype(storage)
+    scale = 1.0 / temperature
+    q = _straight_through(queries, storage, compute)
+    p = _straight_through(passages, storage, compute)
+
+    used = min(bank.effective_window(), len(bank)) if bank is not None else 0
+    if used:
+        newest = slice(len(bank) - used, None)
+        bank_q, bank_p = bank.queries()[newest].to(compute), bank.passages()[newest].to(compute)
+        epsilon = bank.query_offsets()[newest].to(compute)
+        delta = bank.passage_offsets()[newest].to(compute)
+    else:
+        bank_q, bank_p = q.new_zeros(0, d), p.new_zeros(0, m, d)
+        epsilon, delta = torch.zeros_like(bank_q), torch.zeros_like(bank_p)
+
+    local_columns, banked_columns = p.reshape(n * m, d), bank_p.reshape(used * m, d)
+    scores = scale * torch.cat(  # rows: local, banked; columns: local, banked
+        [
+            torch.cat([q @ local_columns.T, q @ (banked_columns + delta.reshape(-1, d)).T], 1),
+            torch.cat([(bank_q + epsilon) @ local_columns.T, bank_q @ banked_columns.T], 1),
+        ]
+    )
+    rows, columns = torch.arange(n + used), torch.arange((n + used) * m)
+    rows, columns = rows.to(q.device), columns.to(q.device)
+    target = rows * m
+    is_target = columns == target[:, None]
+    absent = torch.zeros_like(is_target)
+    if passage_ids is not None:
+        ids = passage_ids
+        if used:
+            ids = torch.cat([ids, bank.passage_ids()[newest]])
+        ids = ids.reshape(-1)
+        absent |= (ids == ids[target][:, None]) & (ids != -1) & ~is_target
+    if banks == "queries":  # banked passages only as the targets of their own rows
+        absent[:, n * m :] |= ~is_target[:, n * m :]
+    scores = scores.masked_fill(absent, -math.inf)
+    per_row = torch.logsumexp(scores, 1) - scores[rows, target]
+    if banks == "passages":
+        per_row = per_row[:n]
+    loss = per_row.sum() / (n if row_weighting == "local" else len(per_row))
+
+    if bank is not None and enqueue and _all_finite(queries, passages, storage, scale):
+        bank.enqueue(queries, passages, passage_ids)
+    return loss.to(accumulation_dtype(storage))
+
+
+def _all_finite(queries: Tensor, passages: Tensor, storage: torch.dtype, scale: float) -> bool:
+    """True when no scaled squared norm overflows, so that by Cauchy-Schwarz no score can either."""
+    acc = accumulation_dtype(storage)
+    vectors = torch.cat([queries.detach()[:, None], passages.detach()], 1).to(storage).to(acc)
+    return bool(torch.isfinite(scale * vectors.square().sum(-1)).all())

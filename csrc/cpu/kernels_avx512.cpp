@@ -1,0 +1,22 @@
+// The kernels for AVX512. Every header with code of its own comes before the pragma: what it defines
+// is shared with files that must run on any processor.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512")
+#define CONTACCUM_VECTOR_BYTES 64
+#define CONTACCUM_STEP step_avx512
+
+#include "step.h"
+#else
+namespace contaccum {
+void step_avx512(Storage storage, const Layout& layout, const BankState& state, const Batch& batch,
+               const StepOptions& options, const StepOutput& output, const Plan& plan) {
+  step_baseline(storage, layout, state, batch, options, output, plan);
+}
+}  // namespace contaccum
+#endif

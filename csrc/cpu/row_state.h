@@ -1,0 +1,162 @@
+// A row's table entries from nothing but the bank: for rows just enqueued, and for a rebuild.
+#pragma once
+
+#include "context.h"
+
+namespace contaccum {
+namespace {
+
+// Where the ring stands when the entries are to hold.
+struct RingView {
+  int64_t head, fill;
+  const std::vector<int64_t>* window_blocks;
+};
+
+// Up to kQueryRows rows of the bank: their vectors (rows, ld), slots and, when masking, the ids of
+// their positives.
+template <class A>
+struct RowSet {
+  const A* vectors;
+  const int64_t* slots;
+  const int64_t* positive_ids;  // or null
+  int64_t count;
+};
+
+template <class A, class S>
+class RowBuilder {
+ public:
+  RowBuilder(const Context<A, S>& c, const RingView& view)
+      : c_(c), view_(view), scores_(kRows * stride()), tile_(stride() * c.ld),
+        groups_(kRows * c.layout.groups()) {}
+
+  static constexpr int64_t kRows = 64;
+
+  // Score the rows against the given blocks (flags; null: all) and set their entries for those.
+  void score_blocks(const RowSet<A>& rows, const char* blocks) {
+    for (int64_t b = 0; b < c_.layout.blocks(); ++b)
+      if (!blocks || blocks[b]) score_block(rows, b);
+  }
+
+  // Combine the entries for all blocks into the rows' log-sum-exp.
+  void combine(const RowSet<A>& rows) {
+    for (int64_t r = 0; r < rows.count; ++r) combine_row(rows.slots[r]);
+  }
+
+  void combine_row(int64_t slot) {
+    ScalarLse<A> lse;
+    for (int64_t b : *view_.window_blocks)
+      lse.add_lse(c_.block_lse[b * c_.layout.capacity + slot]);
+    c_.row(kBaseLse)[slot] = lse.value();
+    lse.add(c_.row(kFreshMax)[slot], c_.row(kFreshSum)[slot]);
+    if (c_.options.window_blocks < 0) lse.add_lse(c_.row(kOldLse)[slot]);
+    c_.row(kRowLse)[slot] = lse.value();
+  }
+
+ private:
+  // Slots scored together: a group where sums by group are wanted, else as many as a tile holds.
+  int64_t slots_at_once(bool by_group) const {
+    const int64_t group = c_.layout.group, tile = kColumnTile / c_.layout.m;
+    return by_group || tile < group ? group : tile;
+  }
+  int64_t stride() const { return round_up(slots_at_once(false) * c_.layout.m, 16); }
+
+  void score_block(const RowSet<A>& rows, int64_t b) {
+    const Layout& y = c_.layout;
+    const int64_t first = y.block_begin(b), last = min_(y.block_end(b), view_.fill);
+    const int64_t current = view_.head / y.block, offset = view_.head % y.block;
+    const int64_t next = (current + 1) % y.blocks();
+    const int64_t first_old = (offset + y.group - 1) / y.group;
+    const bool by_group = b == current || b == next;
+    const int64_t slots = slots_at_once(by_group), units = (y.block + slots - 1) / slots;
+    ScalarLse<A> whole[kRows], fresh[kRows], rest[kRows];
+    for (int64_t k = 0; k < units; ++k) {
+      const int64_t begin = min_(first + k * slots, last), end = min_(begin + slots, last);
+      const int64_t cut = b != current ? end : view_.head < begin ? begin : min_(view_.head, end);
+      score(rows, begin, end);
+      for (int64_t r = 0; r < rows.count; ++r) {
+        const A* s = scores_ + r * stride();
+        const ScalarLse<A> before = lse_of<A>(s, (cut - begin) * y.m);
+        const ScalarLse<A> after = lse_of<A>(s + (cut - begin) * y.m, (end - cut) * y.m);
+        if (b == current) {
+          fresh[r].add(before.max, before.sum);
+          if (k < first_old) rest[r].add(after.max, after.sum);
+        }
+        ScalarLse<A> group = before;
+        group.add(after.max, after.sum);
+        whole[r].add(group.max, group.sum);
+        if (by_group) groups_[r * y.groups() + k] = group.value();
+      }
+    }
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const int64_t slot = rows.slots[r];
+      const A* groups = groups_ + r * y.groups();
+      c_.block_lse[b * y.capacity + slot] = b == current ? -A(INFINITY) : whole[r].value();
+      if (b == next)
+        for (int64_t k = 0; k < offset / y.group; ++k)
+          c_.group_lse[k * y.capacity + slot] = groups[k];
+      if (b != current) continue;
+      c_.row(kFreshMax)[slot] = fresh[r].max;
+      c_.row(kFreshSum)[slot] = fresh[r].sum;
+      ScalarLse<A> suffix;
+      for (int64_t k = y.groups() - 1; k >= first_old; --k) {
+        suffix.add_lse(groups[k]);
+        c_.group_lse[k * y.capacity + slot] = suffix.value();
+      }
+      suffix.add(rest[r].max, rest[r].sum);
+      c_.row(kOldLse)[slot] = suffix.value();
+    }
+  }
+
+  void score(const RowSet<A>& rows, int64_t begin, int64_t end) {
+    const int64_t m = c_.layout.m, d = c_.layout.d, count = (end - begin) * m;
+    if (count <= 0) return;
+    const A* x = as_tile<A>(c_.passages + begin * m * d, count, d, c_.ld, tile_);
+    score_tile<A>(x, count, rows.vectors, rows.count, c_.ld, c_.scale, scores_, stride());
+    if (!rows.positive_ids) return;
+    for (int64_t r = 0; r < rows.count; ++r)
+      mask_row(scores_ + r * stride(), c_.ids + begin * m, count, rows.positive_ids[r],
+               (rows.slots[r] - begin) * m);
+  }
+
+  const Context<A, S>& c_;
+  RingView view_;
+  Buffer<A> scores_, tile_, groups_;
+};
+
+// The whole table from the bank as it stands: after a change of scale, or a batch as large as the
+// bank. Time quadratic in the bank, memory of a few tiles.
+template <class A, class S>
+void rebuild_table(const Context<A, S>& c, const RingView& view, bool masked) {
+  constexpr int64_t rows = RowBuilder<A, S>::kRows;
+  const int64_t m = c.layout.m, d = c.layout.d;
+  for_each_task((view.fill + rows - 1) / rows, [&](int64_t task) {
+    RowBuilder<A, S> builder(c, view);
+    Buffer<A> vectors(rows * c.ld), positive(c.ld), score(4);
+    int64_t slots[rows], positive_ids[rows];
+    const int64_t begin = task * rows, count = min_(rows, view.fill - begin);
+    convert_rows(c.queries + begin * d, count, d, static_cast<A*>(vectors), c.ld);
+    for (int64_t r = 0; r < count; ++r) {
+      slots[r] = begin + r;
+      positive_ids[r] = c.ids[(begin + r) * m];
+      convert_rows(c.passages + (begin + r) * m * d, 1, d, static_cast<A*>(positive), c.ld);
+      score_tile<A>(positive, 1, vectors + r * c.ld, 1, c.ld, c.scale, score, 4);
+      c.row(kPositive)[begin + r] = score[0];
+    }
+    const RowSet<A> set{vectors, slots, masked ? positive_ids : nullptr, count};
+    builder.score_blocks(set, nullptr);
+    builder.combine(set);
+  });
+}
+
+// Another window: the same table, other blocks of it summed.
+template <class A, class S>
+void rebuild_window(const Context<A, S>& c, const RingView& view) {
+  for_each_task((view.fill + 1023) / 1024, [&](int64_t task) {
+    RowBuilder<A, S> builder(c, view);
+    for (int64_t slot = task * 1024; slot < min_((task + 1) * 1024, view.fill); ++slot)
+      builder.combine_row(slot);
+  });
+}
+
+}  // namespace
+}  // namespace contaccum

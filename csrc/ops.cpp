@@ -1,0 +1,183 @@
+// The only file that knows torch: schema, checks, allocation, dispatch by device and processor.
+#include <Python.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/kernels.h"
+#include "params.h"
+
+namespace contaccum {
+namespace {
+
+// The buffers of a bank, in the order of the schema.
+struct BankTensors {
+  const Tensor &queries, &passages, &ids, &cursor, &block_lse, &group_lse, &row_state, &means;
+};
+
+ScalarType accumulation(ScalarType storage) {
+  return storage == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Storage storage_of(ScalarType t) {
+  switch (t) {
+    case ScalarType::Double: return Storage::f64;
+    case ScalarType::BFloat16: return Storage::bf16;
+    case ScalarType::Half: return Storage::f16;
+    default: return Storage::f32;
+  }
+}
+
+void check_batch(const Tensor& queries, const Tensor& passages, const std::optional<Tensor>& ids,
+                 const BankTensors& bank) {
+  check_floating("queries", queries);
+  check_rank("queries", queries, 2, "(n, d)");
+  check_rank("passages", passages, 3, "(n, m, d)");
+  const int64_t n = queries.size(0), m = bank.passages.size(1), d = bank.queries.size(1);
+  STD_TORCH_CHECK(n > 0, "queries: expected at least one row, got shape ", shape_text(queries));
+  check_shape("queries", queries, {n, d}, "(n, d of the bank)");
+  check_shape("passages", passages, {n, m, d}, "(n of queries, m and d of the bank)");
+  check_dtype("passages", passages, queries.scalar_type());
+  check_same_device("passages", passages, queries, "queries");
+  STD_TORCH_CHECK((queries.scalar_type() == ScalarType::Double) ==
+                      (bank.queries.scalar_type() == ScalarType::Double),
+                  "queries: expected ",
+                  bank.queries.scalar_type() == ScalarType::Double
+                      ? "dtype float64 as the bank's"
+                      : "dtype float32, bfloat16 or float16 with a bank narrower than float64",
+                  ", got ", dtype_text(queries.scalar_type()));
+  if (!ids) return;
+  check_shape("passage_ids", *ids, {n, m}, "(n, m)");
+  check_dtype("passage_ids", *ids, ScalarType::Long);
+  check_same_device("passage_ids", *ids, queries, "queries");
+}
+
+Layout check_bank(const Tensor& queries, const BankTensors& bank,
+                  const std::vector<int64_t>& sizes) {
+  STD_TORCH_CHECK(sizes.size() == 3 && sizes[0] >= 1 && sizes[1] % sizes[0] == 0 &&
+                      sizes[2] % sizes[1] == 0,
+                  "layout: expected [group, offset_block, block], each dividing the next");
+  check_floating("bank_queries", bank.queries);
+  check_rank("bank_queries", bank.queries, 2, "(C, d)");
+  check_rank("bank_passages", bank.passages, 3, "(C, m, d)");
+  const int64_t capacity = bank.queries.size(0), d = bank.queries.size(1);
+  const int64_t m = bank.passages.size(1);
+  STD_TORCH_CHECK(m > 0 && d > 0, "bank_passages: expected m and d of at least 1, got shape ",
+                  shape_text(bank.passages));
+  const Layout y{capacity, m, d, sizes[0], sizes[1], sizes[2]};
+  const ScalarType storage = bank.queries.scalar_type(), acc = accumulation(storage);
+  check_buffer("bank_queries", bank.queries, {capacity, d}, storage, queries);
+  check_buffer("bank_passages", bank.passages, {capacity, m, d}, storage, queries);
+  check_buffer("bank_ids", bank.ids, {capacity, m}, ScalarType::Long, queries);
+  check_buffer("cursor", bank.cursor, {2}, ScalarType::Long, queries);
+  check_buffer("block_lse", bank.block_lse, {y.blocks(), capacity}, acc, queries);
+  check_buffer("group_lse", bank.group_lse, {y.groups(), capacity}, acc, queries);
+  check_buffer("row_state", bank.row_state, {kRowStates, capacity}, acc, queries);
+  check_buffer("means", bank.means, {2 + y.offset_blocks(), 1 + m, d}, acc, queries);
+  return y;
+}
+
+StepKernel cpu_kernel() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    return step_avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return step_avx2;
+#endif
+  return step_baseline;
+}
+
+Tensor as_bank_dtype(const Tensor& t, ScalarType dtype) {
+  return torch::stable::contiguous(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
+}
+
+// Forward, both gradients and enqueue in one call; see contaccum_ext/reference.py for the meaning.
+// Nothing is written before every argument has been checked.
+std::tuple<Tensor, Tensor, Tensor> banked_loss_cpu(
+    const Tensor& queries, const Tensor& passages, const std::optional<Tensor>& passage_ids,
+    const Tensor& bank_queries, const Tensor& bank_passages, const Tensor& bank_ids,
+    const Tensor& cursor, const Tensor& block_lse, const Tensor& group_lse,
+    const Tensor& row_state, const Tensor& means, const std::vector<int64_t>& layout, double scale,
+    int64_t window_blocks, bool weight_all_rows, bool banked_rows, bool banked_columns,
+    bool use_offsets, double drift_decay, bool with_grad, bool enqueue, int64_t rebuild) {
+  const BankTensors bank{bank_queries, bank_passages, bank_ids,  cursor,
+                         block_lse,    group_lse,     row_state, means};
+  const Layout y = check_bank(queries, bank, layout);
+  check_batch(queries, passages, passage_ids, bank);
+  STD_TORCH_CHECK(std::isfinite(scale) && scale > 0,
+                  "scale: expected a positive finite number, got ", scale);
+  STD_TORCH_CHECK(drift_decay < 1, "drift_decay: expected a number below 1, got ", drift_decay);
+  STD_TORCH_CHECK(rebuild >= 0 && rebuild <= 2, "rebuild: expected 0, 1 or 2, got ", rebuild);
+  const int64_t* position = cursor.const_data_ptr<int64_t>();
+  const int64_t head = position[0], fill = position[1];
+  STD_TORCH_CHECK(fill >= 0 && fill <= y.capacity && head >= 0 && (head == 0 || head < y.capacity) &&
+                      (fill == y.capacity || head == fill),
+                  "cursor: expected head and fill of a ring of ", y.capacity, " slots, got (", head,
+                  ", ", fill, ")");
+
+  const StepOptions options{scale, window_blocks, weight_all_rows, banked_rows,
+                            banked_columns, use_offsets, drift_decay, with_grad,
+                            enqueue && y.capacity > 0, static_cast<Rebuild>(rebuild)};
+  const int64_t n = queries.size(0);
+  const Plan plan = make_plan(y, options, head, fill, n);
+  const ScalarType storage = bank_queries.scalar_type(), acc = accumulation(storage);
+  const Tensor q = as_bank_dtype(queries, storage), p = as_bank_dtype(passages, storage);
+  std::optional<Tensor> ids;
+  if (passage_ids) ids = torch::stable::contiguous(*passage_ids);
+  Tensor loss = torch::stable::new_empty(queries, {}, acc);
+  Tensor dq = torch::stable::new_empty(queries, {with_grad ? n : 0, y.d}, acc);
+  Tensor dp = torch::stable::new_empty(queries, {with_grad ? n : 0, y.m, y.d}, acc);
+
+  const BankState state{bank_queries.mutable_data_ptr(), bank_passages.mutable_data_ptr(),
+                        bank_ids.mutable_data_ptr<int64_t>(), cursor.mutable_data_ptr<int64_t>(),
+                        block_lse.mutable_data_ptr(), group_lse.mutable_data_ptr(),
+                        row_state.mutable_data_ptr(), means.mutable_data_ptr()};
+  const Batch batch{q.const_data_ptr(), p.const_data_ptr(),
+                    ids ? ids->const_data_ptr<int64_t>() : nullptr, n};
+  const StepOutput output{loss.mutable_data_ptr(), with_grad ? dq.mutable_data_ptr() : nullptr,
+                          with_grad ? dp.mutable_data_ptr() : nullptr};
+  static const StepKernel kernel = cpu_kernel();
+  kernel(storage_of(storage), y, state, batch, options, output, plan);
+
+  if (with_grad && queries.scalar_type() != acc) {
+    dq = torch::stable::to(dq, queries.scalar_type());
+    dp = torch::stable::to(dp, queries.scalar_type());
+  }
+  return {loss, dq, dp};
+}
+
+}  // namespace
+
+void run_tasks(int64_t count, void (*task)(int64_t, const void*), const void* context) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(i, context);
+  });
+}
+
+}  // namespace contaccum
+
+STABLE_TORCH_LIBRARY(contaccum_ext, m) {
+  m.def(
+      "banked_loss_(Tensor queries, Tensor passages, Tensor? passage_ids, "
+      "Tensor(a!) bank_queries, Tensor(b!) bank_passages, Tensor(c!) bank_ids, Tensor(d!) cursor, "
+      "Tensor(e!) block_lse, Tensor(f!) group_lse, Tensor(g!) row_state, Tensor(h!) means, "
+      "int[] layout, float scale, int window_blocks, bool weight_all_rows, bool banked_rows, "
+      "bool banked_columns, bool use_offsets, float drift_decay, bool with_grad, bool enqueue, "
+      "int rebuild) -> (Tensor loss, Tensor d_queries, Tensor d_passages)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(contaccum_ext, CPU, m) {
+  m.impl("banked_loss_", TORCH_BOX(&contaccum::banked_loss_cpu));
+}
+
+// An empty module: importing it runs the registrations above.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}
