@@ -118,6 +118,18 @@ class QueryTask {
     score_tile<A>(x, count, local_rows(), rows_, c_.ld, c_.scale, scores_, stride_);
   }
 
+  // scores of a slot's k-th passage += bias[k]
+  void add_by_kind(A* scores, int64_t count, const A* bias) const {
+    const int64_t m = c_.layout.m;
+    if (m == 1) {
+      const A b = bias[0];
+      for (int64_t c = 0; c < count; ++c) scores[c] += b;
+      return;
+    }
+    for (int64_t c = 0; c < count; c += m)
+      for (int64_t k = 0; k < m; ++k) scores[c + k] += bias[k];
+  }
+
   // Online softmax over the scored tile. bias and mass: (rows, stride) with m entries for the tile;
   // all_mass with `vectors` entries a row is rescaled together with the sums.
   void absorb(const A* x, int64_t count, const A* bias, int64_t stride, A* mass = nullptr,
@@ -125,9 +137,7 @@ class QueryTask {
     const int64_t m = c_.layout.m;
     for (int64_t r = 0; r < rows_; ++r) {
       A* s = scores_ + r * stride_;
-      if (bias)
-        for (int64_t c = 0; c < count; c += m)
-          for (int64_t k = 0; k < m; ++k) s[c + k] += bias[r * stride + k];
+      if (bias) add_by_kind(s, count, bias + r * stride);
       const ScalarLse<A> tile = exp_and_lse<A>(s, count);
       A& top = part_.max[row0_ + r];
       A& sum = part_.sum[row0_ + r];
@@ -146,7 +156,9 @@ class QueryTask {
       sum += tile.sum * factor;
       if (!part_.out) continue;
       if (factor != A(1)) scale_row(s, count, factor);
-      if (mass)
+      if (mass && m == 1)
+        mass[r * stride] += tile.sum * factor;
+      else if (mass)
         for (int64_t c = 0; c < count; c += m)
           for (int64_t k = 0; k < m; ++k) mass[r * stride + k] += s[c + k];
     }
