@@ -1,4 +1,4 @@
-"""Exact memory-bank contrastive training of dense retrievers (ContAccum), in time linear in the bank."""
+"""Exact memory-bank contrastive training of dense retrievers, in time linear in the bank."""
 
 from contaccum_ext import reference
 from contaccum_ext.bank import DualMemoryBank

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from contaccum_ext import ops
-from contaccum_ext.layout import BankLayout
-from contaccum_ext.reference import accumulation_dtype
+from contaccum_ext.layout import BankLayout, accumulation_dtype
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DRIFT = ("none", "mean")
@@ -27,8 +26,9 @@ def _count(name: str, value: Any) -> int:
 class DualMemoryBank(nn.Module):
     """Detached representations of earlier queries and passages, first in, first out.
 
-    Equivalent to two deques of `capacity` entries (ContAccum, arXiv 2406.12356, section 3.1), with a
-    table of partial log-sum-exps beside them, so that the loss never recomputes a banked x banked score.
+    Equivalent to two deques of `capacity` entries (ContAccum, arXiv 2406.12356, section 3.1), with
+    a table of partial log-sum-exps beside them, so that no banked x banked score is ever computed
+    twice.
 
     Args:
         capacity: slots C. A slot is one query, its passages and their ids.
@@ -37,15 +37,16 @@ class DualMemoryBank(nn.Module):
         dtype: what representations are rounded to on entry: float32, float64, bfloat16 or float16.
             All sums are float32 (float64 for float64).
         device: where the buffers live.
-        drift: "none", or "mean": correct old representations by the shift of their mean (see below).
+        drift: "none", or "mean": correct old representations by the shift of their mean.
         drift_decay: decay per micro-batch of the running means that "mean" keeps.
         layout: how slots are grouped; the default suits the capacity.
 
-    Drift: with "mean" each block of slots remembers the running means at which it was enqueued, and a
-    banked vector v counts as v + (mean now - mean then) wherever it meets a local one. That removes the
-    shortcut by which a model tells old negatives from fresh positives.
+    Drift: with "mean" each block of slots remembers the running means at which it was enqueued, and
+    a banked vector v counts as v + (mean now - mean then) wherever it meets a local one. That
+    removes the shortcut by which a model tells old negatives from fresh positives.
 
-    All state is in ``state_dict``; loading it and going on gives the same bits as never having stopped.
+    All state is in ``state_dict``: loading it and going on gives the same bits as never having
+    stopped.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -84,22 +85,12 @@ class DualMemoryBank(nn.Module):
         self.drift, self.drift_decay = drift, float(drift_decay)
         self.layout = layout or BankLayout.default(capacity)
         self._window: int | None = None
-        m, table = passages_per_query, self.layout
-        acc = {"dtype": accumulation_dtype(dtype), "device": device}
-        index = {"dtype": torch.int64, "device": device}
-        shapes: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
-            "bank_queries": ((capacity, dim), {"dtype": dtype, "device": device}),
-            "bank_passages": ((capacity, m, dim), {"dtype": dtype, "device": device}),
-            "bank_ids": ((capacity, m), index),
-            "cursor": ((2,), index),
-            "block_lse": ((table.blocks(capacity), capacity), acc),
-            "group_lse": ((table.groups(), capacity), acc),
-            "row_state": ((ops.ROW_STATES, capacity), acc),
-            "means": ((2 + table.offset_blocks(capacity), 1 + m, dim), acc),
-        }
-        for name, (shape, options) in shapes.items():
-            self.register_buffer(name, torch.zeros(shape, **options))
+        for name, (shape, kind) in self._shapes(dtype).items():
+            self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
         self.clear()
+
+    def _shapes(self, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return self.layout.buffers(self.capacity, self.passages_per_query, self.dim, dtype)
 
     @torch.no_grad()
     def clear(self) -> None:
@@ -115,14 +106,13 @@ class DualMemoryBank(nn.Module):
         self._has_ids: bool | None = None
         self._manual_offsets = False
 
-    # -- what is in it ------------------------------------------------------------------------
-
     def __len__(self) -> int:
         """Filled slots F (reads the device)."""
         return int(self.cursor[1])
 
     @property
     def dtype(self) -> torch.dtype:
+        """What representations are rounded to."""
         return self.bank_queries.dtype
 
     @property
@@ -132,6 +122,7 @@ class DualMemoryBank(nn.Module):
 
     @property
     def use_offsets(self) -> bool:
+        """Whether banked vectors are corrected where they meet local ones."""
         return self.drift != "none" or self._manual_offsets
 
     def slots(self) -> Tensor:
@@ -175,7 +166,7 @@ class DualMemoryBank(nn.Module):
         Slots enqueued later start with offset zero.
 
         Args:
-            query_offsets: (offset blocks, d), row b for slots b * layout.offset_block and following.
+            query_offsets: (offset blocks, d), a row for each layout.offset_block slots.
             passage_offsets: (offset blocks, m, d).
         """
         if self.drift != "none":
@@ -196,11 +187,9 @@ class DualMemoryBank(nn.Module):
         self.means[-1] = self.means[1 + int(self.cursor[0]) // self.layout.offset_block]
         self._manual_offsets = True
 
-    # -- the window ---------------------------------------------------------------------------
-
     @property
     def window(self) -> int:
-        """Newest slots in use: what was set, rounded up to whole blocks, at the bank's position now."""
+        """Newest slots in use: what was set, rounded up to whole blocks as the ring stands now."""
         return self.effective_window()
 
     @window.setter
@@ -208,25 +197,18 @@ class DualMemoryBank(nn.Module):
         self._window = None if value is None else _count("window", value)
 
     def effective_window(self) -> int:
+        """The same as ``window`` (reads the device unless all slots are in use)."""
         return self.layout.effective_window(self.capacity, int(self.cursor[0]), self._window)
 
     def window_blocks(self) -> int:
         """Whole blocks in use besides the one being filled; -1 for every slot."""
         return self.layout.window_blocks(self.capacity, self._window)
 
-    # -- what the op needs --------------------------------------------------------------------
-
     def buffers_in_order(self) -> tuple[Tensor, ...]:
         """The op's bank arguments, in the order of its schema."""
         return (
-            self.bank_queries,
-            self.bank_passages,
-            self.bank_ids,
-            self.cursor,
-            self.block_lse,
-            self.group_lse,
-            self.row_state,
-            self.means,
+            *(self.bank_queries, self.bank_passages, self.bank_ids, self.cursor),
+            *(self.block_lse, self.group_lse, self.row_state, self.means),
         )
 
     def pending_rebuild(self, scale: float) -> int:
@@ -243,9 +225,7 @@ class DualMemoryBank(nn.Module):
         if has_ids is not None:
             self._has_ids = has_ids
 
-    def enqueue(
-        self, queries: Tensor, passages: Tensor, passage_ids: Tensor | None = None
-    ) -> None:
+    def enqueue(self, queries: Tensor, passages: Tensor, passage_ids: Tensor | None = None) -> None:
         """Append a batch without a loss. Arguments as in :func:`contaccum_ext.contaccum_loss`."""
         from contaccum_ext.functional import contaccum_loss
 
@@ -254,7 +234,7 @@ class DualMemoryBank(nn.Module):
             contaccum_loss(queries, passages, self, temperature, passage_ids)
 
     def table(self) -> Tensor:
-        """(F, blocks) Invariant T, rows oldest first: each row's log-sum-exp over each block's columns."""
+        """(F, blocks) Invariant T: log-sum-exp of each row, oldest first, over each block."""
         rows = self.row_state
         table = self.block_lse.clone()
         head = int(self.cursor[0]) // self.layout.block
@@ -262,10 +242,8 @@ class DualMemoryBank(nn.Module):
         table[head] = torch.logaddexp(fresh, rows[ops.OLD_LSE])
         return table[:, self.slots()].T
 
-    # -- state --------------------------------------------------------------------------------
-
     def get_extra_state(self) -> Tensor:
-        """(5,) float64: scale, has_ids, window, window of row_state, manual offsets; -1 for None."""
+        """(5,) float64: scale, has_ids, window, window summed, manual offsets; -1 for None."""
         has_ids = -1 if self._has_ids is None else int(self._has_ids)
         window = -1 if self._window is None else self._window
         scale = -1.0 if self._scale is None else self._scale
@@ -273,34 +251,36 @@ class DualMemoryBank(nn.Module):
         return torch.tensor(state, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
+        """Take what ``get_extra_state`` gave."""
         scale, has_ids, window, summed, manual = state.tolist()
         self._scale = None if scale < 0 else scale
         self._has_ids = None if has_ids < 0 else bool(has_ids)
         self._window = None if window < 0 else int(window)
         self._summed_window, self._manual_offsets = int(summed), bool(manual)
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        """Refuse a state of another bank before anything is copied."""
-        for name, buffer in self.named_buffers():
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, extra, errors):
+        """Refuse the state of another bank before anything is copied."""
+        before = len(errors)
+        for name, (shape, dtype) in self._shapes(self.dtype).items():
             given = state_dict.get(prefix + name)
             if given is None:
-                errors.append(f"{prefix}{name}: expected in the state of a DualMemoryBank, missing")
-            elif given.shape != buffer.shape or given.dtype != buffer.dtype:
-                errors.append(
-                    f"{prefix}{name}: expected {tuple(buffer.shape)} {buffer.dtype}, "
-                    f"got {tuple(given.shape)} {given.dtype}"
-                )
+                errors.append(f"{prefix}{name}: expected in a DualMemoryBank's state, missing")
+            elif tuple(given.shape) != shape or given.dtype != dtype:
+                came = f"{tuple(given.shape)} {given.dtype}"
+                errors.append(f"{prefix}{name}: expected {shape} {dtype}, got {came}")
         if prefix + "_extra_state" not in state_dict:
-            errors.append(f"{prefix}_extra_state: expected in the state of a DualMemoryBank, missing")
-        if not errors:
+            errors.append(f"{prefix}_extra_state: expected in a DualMemoryBank's state, missing")
+        if len(errors) == before:
             super()._load_from_state_dict(
-                state_dict, prefix, metadata, strict, missing, unexpected, errors
+                state_dict, prefix, metadata, strict, missing, extra, errors
             )
 
     def _apply(self, fn, recurse=True):
         """Move or cast. The representations follow a cast, the table stays in its own precision."""
         before = self.bank_queries.dtype
-        kept = {name: getattr(self, name) for name in ("block_lse", "group_lse", "row_state", "means")}
+        kept = {
+            name: getattr(self, name) for name in ("block_lse", "group_lse", "row_state", "means")
+        }
         super()._apply(fn, recurse)
         acc = accumulation_dtype(self.bank_queries.dtype)
         for name, tensor in kept.items():
@@ -310,8 +290,6 @@ class DualMemoryBank(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        window = "all" if self._window is None else self._window
-        return (
-            f"capacity={self.capacity}, dim={self.dim}, passages_per_query={self.passages_per_query}, "
-            f"dtype={self.dtype}, drift={self.drift!r}, window={window}"
-        )
+        """Say what ``repr`` shows."""
+        shape = f"{self.capacity}, {self.dim}, {self.passages_per_query}, dtype={self.dtype}"
+        return f"{shape}, drift={self.drift!r}, window={self._window or 'all'}"

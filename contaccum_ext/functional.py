@@ -10,7 +10,6 @@ from torch import Tensor
 from contaccum_ext import ops
 from contaccum_ext.bank import DualMemoryBank
 from contaccum_ext.layout import BankLayout
-from contaccum_ext.reference import accumulation_dtype
 
 _ROW_WEIGHTING = ("local", "all")
 _BANKS = ("both", "passages", "queries")
@@ -27,33 +26,36 @@ def contaccum_loss(
     enqueue: bool = True,
     banks: str = "both",
 ) -> Tensor:
-    """Contrastive loss of a micro-batch against two memory banks (ContAccum, equations 5-9), then enqueue.
+    """Contrastive loss of a micro-batch against two memory banks, then enqueue (equations 5-9).
 
-    Equivalent to cross entropy over ``cat(queries, banked queries) @ cat(passages, banked passages).T /
-    temperature`` with banked vectors constant, in time and memory linear in the bank. Its plain-PyTorch
-    form is :func:`contaccum_ext.reference.contaccum_loss`. Gradients are computed in the forward pass;
-    what happens to the bank afterwards cannot change them.
+    Equivalent to cross entropy over ``cat(queries, banked queries) @ cat(passages, banked
+    passages).T / temperature`` with banked vectors constant, in time and memory linear in the bank.
+    Its plain-PyTorch form is :func:`contaccum_ext.reference.contaccum_loss`; the equations are
+    those of ContAccum, arXiv 2406.12356. Gradients are computed in the forward pass: what happens
+    to the bank afterwards cannot change them.
 
     Args:
         queries: (n, d) floating, usually requiring grad.
         passages: (n, m, d), positive first, then hard negatives; (n, d) means m = 1. Same dtype.
-        bank: used as it was before this batch; None for in-batch InfoNCE. Local vectors are rounded to
-            the bank's dtype. float64 meets only float64; the narrower types mix.
+        bank: used as it was before this batch; None for in-batch InfoNCE. Local vectors are rounded
+            to the bank's dtype. float64 meets only float64; the narrower types mix.
         temperature: positive number; scores are inner products divided by it.
-        passage_ids: (n, m) int64. A column with the same id as a row's positive is left out of the row
-            unless it is that positive (a false negative); -1 never matches. Always or never for a bank.
+        passage_ids: (n, m) int64. A column with the same id as a row's positive is left out of the
+            row unless it is that positive (a false negative); -1 never matches. A bank takes
+            batches always with ids or always without.
         row_weighting: "local" weights every row 1/n; "all" 1/(n + F) as in the paper.
-        enqueue: put the batch into the bank (the newest slots stay if n exceeds the capacity). A batch with
-            a non-finite or overflowing representation gives a non-finite loss and is not enqueued.
+        enqueue: put the batch into the bank (the newest slots stay if n exceeds the capacity). A
+            batch with a non-finite or overflowing representation is never enqueued, and its loss
+            is not finite.
         banks: "both"; "passages": banked queries are no loss rows (pre-batch negatives); "queries":
-            banked rows meet their own positive and local columns only, local rows local columns only.
+            banked rows meet their own positive and local columns, local rows local columns only.
 
     Returns:
         () float32, or float64 for a float64 bank.
 
     Raises:
-        TypeError, ValueError, RuntimeError: naming the argument, what was expected and what came. The
-            bank is then as it was, to the bit. Differentiating twice is refused with a RuntimeError.
+        TypeError, ValueError, RuntimeError: naming the argument, what was expected and what came.
+            The bank is then as it was, to the bit. Differentiating twice is a RuntimeError.
     """
     _check_arguments(queries, passages, bank, passage_ids)
     scale = 1.0 / _positive("temperature", temperature)
@@ -96,7 +98,7 @@ def contaccum_loss(
 
 
 class _BankedLoss(torch.autograd.Function):
-    """The op with its gradients: computed while the bank is as the loss saw it, multiplied later."""
+    """The op and its gradients, computed while the bank is as the loss saw it."""
 
     @staticmethod
     def forward(ctx, queries, passages, *arguments):
@@ -134,26 +136,19 @@ def _refuse_second_derivative(grad: Tensor) -> Tensor:
 
 def _no_bank(queries: Tensor, passages: Tensor) -> tuple[Tensor, ...]:
     """Buffers of a bank without slots, in the order of the schema."""
-    d, m = queries.shape[-1], passages.shape[1]
-    acc = accumulation_dtype(queries.dtype)
-    index = {"dtype": torch.int64}
-    return (
-        queries.new_empty(0, d),
-        queries.new_empty(0, m, d),
-        queries.new_empty(0, m, **index),
-        queries.new_zeros(2, **index),
-        queries.new_empty(0, 0, dtype=acc),
-        queries.new_empty(_NO_LAYOUT.groups(), 0, dtype=acc),
-        queries.new_empty(ops.ROW_STATES, 0, dtype=acc),
-        queries.new_empty(2, 1 + m, d, dtype=acc),
-    )
+    shapes = _NO_LAYOUT.buffers(0, passages.shape[1], queries.shape[-1], queries.dtype)
+    return tuple(queries.new_zeros(shape, dtype=dtype) for shape, dtype in shapes.values())
 
 
 def _check_arguments(queries, passages, bank, passage_ids) -> None:
     """What the op cannot say as well: kinds of object, devices, ids given sometimes."""
     if bank is not None and not isinstance(bank, DualMemoryBank):
         raise TypeError(f"bank: expected a DualMemoryBank or None, got {type(bank).__name__}")
-    for name, tensor in (("queries", queries), ("passages", passages), ("passage_ids", passage_ids)):
+    for name, tensor in (
+        ("queries", queries),
+        ("passages", passages),
+        ("passage_ids", passage_ids),
+    ):
         if tensor is None and name == "passage_ids":
             continue
         if not isinstance(tensor, Tensor):
@@ -164,7 +159,9 @@ def _check_arguments(queries, passages, bank, passage_ids) -> None:
     if queries.dim() != 2:
         raise ValueError(f"queries: expected shape (n, d), got {tuple(queries.shape)}")
     if passages.dim() not in (2, 3):
-        raise ValueError(f"passages: expected shape (n, m, d) or (n, d), got {tuple(passages.shape)}")
+        raise ValueError(
+            f"passages: expected shape (n, m, d) or (n, d), got {tuple(passages.shape)}"
+        )
     given = passage_ids is not None
     if bank is not None and bank.has_ids is not None and bank.has_ids != given:
         stored, came = ("with", "none") if bank.has_ids else ("without", "some")

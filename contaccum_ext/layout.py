@@ -5,6 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
+ROW_STATES = 6  # rows of the row_state buffer: enum RowState in csrc/params.h
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return float64 for float64, float32 for every narrower floating type."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
 
 @dataclass(frozen=True)
 class BankLayout:
@@ -68,3 +77,19 @@ class BankLayout:
             b = (current - age) % self.blocks(capacity)
             count += min(self.block, capacity - b * self.block)
         return count
+
+    def buffers(
+        self, capacity: int, m: int, dim: int, dtype: torch.dtype
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of a bank's buffers, in the order of the op's schema."""
+        acc, index = accumulation_dtype(dtype), torch.int64
+        return {
+            "bank_queries": ((capacity, dim), dtype),
+            "bank_passages": ((capacity, m, dim), dtype),
+            "bank_ids": ((capacity, m), index),
+            "cursor": ((2,), index),
+            "block_lse": ((self.blocks(capacity), capacity), acc),
+            "group_lse": ((self.groups(), capacity), acc),
+            "row_state": ((ROW_STATES, capacity), acc),
+            "means": ((2 + self.offset_blocks(capacity), 1 + m, dim), acc),
+        }

@@ -10,10 +10,10 @@ from contaccum_ext.functional import contaccum_loss
 
 
 class ContAccumLoss(nn.Module):
-    """:func:`contaccum_ext.contaccum_loss` with a :class:`contaccum_ext.DualMemoryBank` of its own.
+    """:func:`contaccum_ext.contaccum_loss` with a :class:`contaccum_ext.DualMemoryBank` inside.
 
-    In ``train()`` each call uses the bank and enqueues its batch; in ``eval()`` it neither reads nor
-    writes the bank and gives the in-batch loss.
+    In ``train()`` each call uses the bank and enqueues its batch; in ``eval()`` it neither reads
+    nor writes the bank and gives the in-batch loss.
 
     Args:
         capacity, dim, passages_per_query, dtype, device, drift: see ``DualMemoryBank``.
@@ -51,4 +51,5 @@ class ContAccumLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """Say what ``repr`` shows beside the bank."""
         return f"temperature={self.temperature}, row_weighting={self.row_weighting!r}"

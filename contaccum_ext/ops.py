@@ -5,16 +5,19 @@ Schema and checks are in csrc/ops.cpp. Call it through :func:`contaccum_ext.cont
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
-from contaccum_ext import _C  # noqa: F401  (registers the operator)
-from contaccum_ext.reference import accumulation_dtype
+from contaccum_ext.layout import ROW_STATES, accumulation_dtype
+
+importlib.import_module("contaccum_ext._C")  # an empty module: importing it registers the operator
 
 # What of the table has to be computed anew before the loss (enum Rebuild in csrc/params.h).
 REBUILD_NOTHING, REBUILD_WINDOW, REBUILD_TABLE = 0, 1, 2
 
 # Rows of the row_state buffer (enum RowState in csrc/params.h).
-ROW_LSE, BASE_LSE, FRESH_MAX, FRESH_SUM, OLD_LSE, POSITIVE, ROW_STATES = range(7)
+ROW_LSE, BASE_LSE, FRESH_MAX, FRESH_SUM, OLD_LSE, POSITIVE = range(ROW_STATES)
 
 banked_loss_ = torch.ops.contaccum_ext.banked_loss_.default
 

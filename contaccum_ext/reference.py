@@ -1,7 +1,8 @@
 """The one oracle: ContAccum's loss in plain PyTorch, over the full (n + F) x (n + F)m matrix.
 
-Everything the kernels do is defined here in a few readable lines, at quadratic cost. Sources: ContAccum
-(arXiv 2406.12356), equations 5-9, and this project's additions (offsets, window, masking, row weights).
+Everything the kernels do is defined here in a few readable lines, at quadratic cost. Sources:
+ContAccum (arXiv 2406.12356), equations 5-9, and this project's additions (offsets, window, masking,
+row weights).
 """
 
 from __future__ import annotations
@@ -12,12 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from contaccum_ext.layout import BankLayout
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for every narrower floating type."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from contaccum_ext.layout import BankLayout, accumulation_dtype
 
 
 @dataclass
@@ -25,14 +21,16 @@ class _Slot:
     query: Tensor  # (d,)
     passages: Tensor  # (m, d)
     ids: Tensor  # (m,) int64, -1 where there is none
-    generation: tuple[int, int]  # (lap around the ring, offset block): slots that share a stored mean
+    generation: tuple[
+        int, int
+    ]  # (lap around the ring, offset block): slots that share a stored mean
 
 
 class DualMemoryBank:
     """The bank as a Python list: newest slot last, oldest slot dropped. No ring, no table.
 
-    It has the part of :class:`contaccum_ext.DualMemoryBank` that :func:`contaccum_loss` reads, so that a
-    test can run both side by side.
+    It has the part of :class:`contaccum_ext.DualMemoryBank` that :func:`contaccum_loss` reads, so
+    that a test can run both side by side.
     """
 
     def __init__(
@@ -52,6 +50,7 @@ class DualMemoryBank:
         self.clear()
 
     def clear(self) -> None:
+        """Forget everything."""
         self.slots: list[_Slot] = []
         self.written = 0  # slots ever written, so written % capacity is the ring's write position
         self.has_ids: bool | None = None
@@ -63,15 +62,20 @@ class DualMemoryBank:
         return len(self.slots)
 
     def queries(self) -> Tensor:
+        """(F, d), oldest first."""
         return self._stack([slot.query for slot in self.slots], (self.dim,))
 
     def passages(self) -> Tensor:
+        """(F, m, d), oldest first."""
         shape = (self.passages_per_query, self.dim)
         return self._stack([slot.passages for slot in self.slots], shape)
 
     def passage_ids(self) -> Tensor:
+        """(F, m) int64."""
         ids = [slot.ids for slot in self.slots]
-        return torch.stack(ids) if ids else torch.zeros(0, self.passages_per_query, dtype=torch.int64)
+        return (
+            torch.stack(ids) if ids else torch.zeros(0, self.passages_per_query, dtype=torch.int64)
+        )
 
     def _stack(self, rows: list[Tensor], shape: tuple[int, ...]) -> Tensor:
         return torch.stack(rows) if rows else torch.zeros(0, *shape, dtype=self.dtype)
@@ -83,9 +87,11 @@ class DualMemoryBank:
         return torch.stack([self.mean - self.block_means[s.generation][1] for s in self.slots])
 
     def query_offsets(self) -> Tensor:
+        """(F, d) added to banked queries where they meet local passages."""
         return self._offsets()[:, 0]
 
     def passage_offsets(self) -> Tensor:
+        """(F, m, d) added to banked passages where they meet local queries."""
         return self._offsets()[:, 1:]
 
     def set_offsets(self, query_offsets: Tensor, passage_offsets: Tensor) -> None:
@@ -96,9 +102,12 @@ class DualMemoryBank:
 
     def effective_window(self) -> int:
         """Newest slots in use: the started block plus ceil(window / block) whole ones."""
-        return self.layout.effective_window(self.capacity, self.written % self.capacity, self.window)
+        return self.layout.effective_window(
+            self.capacity, self.written % self.capacity, self.window
+        )
 
     def enqueue(self, queries: Tensor, passages: Tensor, passage_ids: Tensor | None = None) -> None:
+        """Append n slots one after the other."""
         n = queries.shape[0]
         queries, passages = queries.detach().to(self.dtype), passages.detach().to(self.dtype)
         if passages.dim() == 2:
@@ -121,7 +130,7 @@ class DualMemoryBank:
 
 
 def _straight_through(x: Tensor, storage: torch.dtype, compute: torch.dtype) -> Tensor:
-    """x rounded to the bank's dtype, computed with in `compute`, with the gradient of the identity."""
+    """Round to the bank's dtype, go on in `compute`, with the gradient of the identity."""
     exact = x.to(compute)
     return exact + (x.detach().to(storage).to(compute) - exact.detach())
 
@@ -140,9 +149,8 @@ def contaccum_loss(
 ) -> Tensor:
     """Same arguments and result as :func:`contaccum_ext.contaccum_loss`, over the full matrix.
 
-    Args:
-        bank: a :class:`DualMemoryBank` of this module, or the package's own, or None.
-        compute_dtype: precision of all arithmetic; default the bank's accumulation dtype.
+    `bank` may be a :class:`DualMemoryBank` of this module, the package's own, or None.
+    `compute_dtype` is the precision of all arithmetic, by default the bank's accumulation dtype.
     """
     if passages.dim() == 2:
         passages = passages[:, None]

@@ -27,10 +27,14 @@ ScalarType accumulation(ScalarType storage) {
 
 Storage storage_of(ScalarType t) {
   switch (t) {
-    case ScalarType::Double: return Storage::f64;
-    case ScalarType::BFloat16: return Storage::bf16;
-    case ScalarType::Half: return Storage::f16;
-    default: return Storage::f32;
+    case ScalarType::Double:
+      return Storage::f64;
+    case ScalarType::BFloat16:
+      return Storage::bf16;
+    case ScalarType::Half:
+      return Storage::f16;
+    default:
+      return Storage::f32;
   }
 }
 
@@ -60,9 +64,9 @@ void check_batch(const Tensor& queries, const Tensor& passages, const std::optio
 
 Layout check_bank(const Tensor& queries, const BankTensors& bank,
                   const std::vector<int64_t>& sizes) {
-  STD_TORCH_CHECK(sizes.size() == 3 && sizes[0] >= 1 && sizes[1] % sizes[0] == 0 &&
-                      sizes[2] % sizes[1] == 0,
-                  "layout: expected [group, offset_block, block], each dividing the next");
+  STD_TORCH_CHECK(
+      sizes.size() == 3 && sizes[0] >= 1 && sizes[1] % sizes[0] == 0 && sizes[2] % sizes[1] == 0,
+      "layout: expected [group, offset_block, block], each dividing the next");
   check_floating("bank_queries", bank.queries);
   check_rank("bank_queries", bank.queries, 2, "(C, d)");
   check_rank("bank_passages", bank.passages, 3, "(C, m, d)");
@@ -102,10 +106,10 @@ Tensor as_bank_dtype(const Tensor& t, ScalarType dtype) {
 std::tuple<Tensor, Tensor, Tensor> banked_loss_cpu(
     const Tensor& queries, const Tensor& passages, const std::optional<Tensor>& passage_ids,
     const Tensor& bank_queries, const Tensor& bank_passages, const Tensor& bank_ids,
-    const Tensor& cursor, const Tensor& block_lse, const Tensor& group_lse,
-    const Tensor& row_state, const Tensor& means, const std::vector<int64_t>& layout, double scale,
-    int64_t window_blocks, bool weight_all_rows, bool banked_rows, bool banked_columns,
-    bool use_offsets, double drift_decay, bool with_grad, bool enqueue, int64_t rebuild) {
+    const Tensor& cursor, const Tensor& block_lse, const Tensor& group_lse, const Tensor& row_state,
+    const Tensor& means, const std::vector<int64_t>& layout, double scale, int64_t window_blocks,
+    bool weight_all_rows, bool banked_rows, bool banked_columns, bool use_offsets,
+    double drift_decay, bool with_grad, bool enqueue, int64_t rebuild) {
   const BankTensors bank{bank_queries, bank_passages, bank_ids,  cursor,
                          block_lse,    group_lse,     row_state, means};
   const Layout y = check_bank(queries, bank, layout);
@@ -116,14 +120,21 @@ std::tuple<Tensor, Tensor, Tensor> banked_loss_cpu(
   STD_TORCH_CHECK(rebuild >= 0 && rebuild <= 2, "rebuild: expected 0, 1 or 2, got ", rebuild);
   const int64_t* position = cursor.const_data_ptr<int64_t>();
   const int64_t head = position[0], fill = position[1];
-  STD_TORCH_CHECK(fill >= 0 && fill <= y.capacity && head >= 0 && (head == 0 || head < y.capacity) &&
-                      (fill == y.capacity || head == fill),
+  STD_TORCH_CHECK(fill >= 0 && fill <= y.capacity && head >= 0 &&
+                      (head == 0 || head < y.capacity) && (fill == y.capacity || head == fill),
                   "cursor: expected head and fill of a ring of ", y.capacity, " slots, got (", head,
                   ", ", fill, ")");
 
-  const StepOptions options{scale, window_blocks, weight_all_rows, banked_rows,
-                            banked_columns, use_offsets, drift_decay, with_grad,
-                            enqueue && y.capacity > 0, static_cast<Rebuild>(rebuild)};
+  const StepOptions options{scale,
+                            window_blocks,
+                            weight_all_rows,
+                            banked_rows,
+                            banked_columns,
+                            use_offsets,
+                            drift_decay,
+                            with_grad,
+                            enqueue && y.capacity > 0,
+                            static_cast<Rebuild>(rebuild)};
   const int64_t n = queries.size(0);
   const Plan plan = make_plan(y, options, head, fill, n);
   const ScalarType storage = bank_queries.scalar_type(), acc = accumulation(storage);
@@ -134,10 +145,10 @@ std::tuple<Tensor, Tensor, Tensor> banked_loss_cpu(
   Tensor dq = torch::stable::new_empty(queries, {with_grad ? n : 0, y.d}, acc);
   Tensor dp = torch::stable::new_empty(queries, {with_grad ? n : 0, y.m, y.d}, acc);
 
-  const BankState state{bank_queries.mutable_data_ptr(), bank_passages.mutable_data_ptr(),
+  const BankState state{bank_queries.mutable_data_ptr(),      bank_passages.mutable_data_ptr(),
                         bank_ids.mutable_data_ptr<int64_t>(), cursor.mutable_data_ptr<int64_t>(),
-                        block_lse.mutable_data_ptr(), group_lse.mutable_data_ptr(),
-                        row_state.mutable_data_ptr(), means.mutable_data_ptr()};
+                        block_lse.mutable_data_ptr(),         group_lse.mutable_data_ptr(),
+                        row_state.mutable_data_ptr(),         means.mutable_data_ptr()};
   const Batch batch{q.const_data_ptr(), p.const_data_ptr(),
                     ids ? ids->const_data_ptr<int64_t>() : nullptr, n};
   const StepOutput output{loss.mutable_data_ptr(), with_grad ? dq.mutable_data_ptr() : nullptr,

@@ -1,8 +1,8 @@
 // Plain structs handed from ops.cpp to the kernels: pointers, sizes, scalars; no torch.
 //
 // Glossary: n local rows, m passages per query, d embedding size, C capacity and F filled slots of
-// the bank. A slot is one query, its m passages and their ids. "acc" is the accumulation type: double
-// for double banks, float otherwise.
+// the bank. A slot is one query, its m passages and their ids. "acc" is the accumulation type:
+// double for double banks, float otherwise.
 #pragma once
 
 #include <cstdint>
@@ -38,16 +38,16 @@ enum RowState : int {
 
 // The bank's buffers. Ring order: slot head is the next to be written.
 struct BankState {
-  void* queries;     // (C, d) storage
-  void* passages;    // (C, m, d) storage
-  int64_t* ids;      // (C, m), -1 where there is none
-  int64_t* cursor;   // (2): head, fill
-  void* block_lse;   // (blocks, C) acc: Invariant T; the entry of the head's block is in row_state
-  void* group_lse;   // (groups, C) acc: behind head, groups of the next block; ahead of it, sums of
-                     // this block's groups from there to its end, as they were before this lap
-  void* row_state;   // (kRowStates, C) acc
-  void* means;       // (2 + offset_blocks, 1 + m, d) acc: running mean; one per block; one for the
-                     // part of head's offset block that head has yet to overwrite. [.., 0] queries
+  void* queries;    // (C, d) storage
+  void* passages;   // (C, m, d) storage
+  int64_t* ids;     // (C, m), -1 where there is none
+  int64_t* cursor;  // (2): head, fill
+  void* block_lse;  // (blocks, C) acc: Invariant T; the entry of the head's block is in row_state
+  void* group_lse;  // (groups, C) acc: behind head, groups of the next block; ahead of it, sums of
+                    // this block's groups from there to its end, as they were before this lap
+  void* row_state;  // (kRowStates, C) acc
+  void* means;      // (2 + offset_blocks, 1 + m, d) acc: running mean; one per block; one for the
+                    // part of head's offset block that head has yet to overwrite. [.., 0] queries
 };
 
 struct Batch {
@@ -69,13 +69,13 @@ struct StepOptions {
   double drift_decay;     // decay of the running mean; negative: the mean is not tracked
   bool with_grad;
   bool enqueue;
-  Rebuild rebuild;        // what of the table no longer fits scale or window
+  Rebuild rebuild;  // what of the table no longer fits scale or window
 };
 
 struct StepOutput {
-  void* loss;       // () acc
-  void* d_queries;  // (n, d) acc, or null without gradients
-  void* d_passages; // (n, m, d) acc, or null
+  void* loss;        // () acc
+  void* d_queries;   // (n, d) acc, or null without gradients
+  void* d_passages;  // (n, m, d) acc, or null
 };
 
 }  // namespace contaccum

@@ -12,21 +12,21 @@ struct Context {
   Layout layout;
   StepOptions options;
   const Plan& plan;
-  int64_t n, ld;           // local rows; d padded to whole vectors
+  int64_t n, ld;  // local rows; d padded to whole vectors
   A scale;
-  double row_weight;       // w_i
+  double row_weight;  // w_i
 
-  S* queries;              // (C, d)
-  S* passages;             // (C, m, d)
-  int64_t* ids;            // (C, m)
-  int64_t* cursor;         // (2)
-  A* block_lse;            // (blocks, C)
-  A* group_lse;            // (groups, C)
-  A* row_state;            // (kRowStates, C)
-  A* means;                // (2 + offset_blocks, 1 + m, d)
+  S* queries;       // (C, d)
+  S* passages;      // (C, m, d)
+  int64_t* ids;     // (C, m)
+  int64_t* cursor;  // (2)
+  A* block_lse;     // (blocks, C)
+  A* group_lse;     // (groups, C)
+  A* row_state;     // (kRowStates, C)
+  A* means;         // (2 + offset_blocks, 1 + m, d)
 
-  const A* local_queries;  // (n, ld)
-  const A* local_passages; // (n * m, ld)
+  const A* local_queries;    // (n, ld)
+  const A* local_passages;   // (n * m, ld)
   const int64_t* local_ids;  // (n, m) or null
 
   A* row(RowState which) const { return row_state + which * layout.capacity; }

@@ -1,5 +1,5 @@
-// The kernels for AVX512. Every header with code of its own comes before the pragma: what it defines
-// is shared with files that must run on any processor.
+// The kernels for AVX512. Every header with code of its own comes before the pragma: what it
+// defines is shared with files that must run on any processor.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -15,7 +15,7 @@
 #else
 namespace contaccum {
 void step_avx512(Storage storage, const Layout& layout, const BankState& state, const Batch& batch,
-               const StepOptions& options, const StepOutput& output, const Plan& plan) {
+                 const StepOptions& options, const StepOutput& output, const Plan& plan) {
   step_baseline(storage, layout, state, batch, options, output, plan);
 }
 }  // namespace contaccum

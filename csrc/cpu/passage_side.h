@@ -33,9 +33,16 @@ class PassageTask {
   // row_lse: (F) by slot, written by `scores` and read by `gradients`.
   PassageTask(const Context<A, S>& c, PassagePass pass, int64_t column0, int64_t column1, A* sum,
               A* row_lse, const UpkeepColumns<A>* upkeep)
-      : c_(c), pass_(pass), column0_(column0), columns_(column1 - column0), sum_(sum),
-        row_lse_(row_lse), upkeep_(upkeep), scores_(columns_ * kStride),
-        upkeep_scores_((upkeep ? upkeep->count : 0) * kStride), tile_(kRowTile * c.ld) {
+      : c_(c),
+        pass_(pass),
+        column0_(column0),
+        columns_(column1 - column0),
+        sum_(sum),
+        row_lse_(row_lse),
+        upkeep_(upkeep),
+        scores_(columns_ * kStride),
+        upkeep_scores_((upkeep ? upkeep->count : 0) * kStride),
+        tile_(kRowTile * c.ld) {
     if (sum_) std::memset(sum_, 0, columns_ * c.ld * sizeof(A));
   }
 
@@ -90,7 +97,8 @@ class PassageTask {
         if (c_.masked()) mask_upkeep(*s);
       }
       const A* tile_bias = offsets ? bias + offset : nullptr;
-      for (int64_t v = 0; v * kLanes < count; ++v) vector_of_rows(*s, v, in_loss, tile_bias, stride);
+      for (int64_t v = 0; v * kLanes < count; ++v)
+        vector_of_rows(*s, v, in_loss, tile_bias, stride);
       if (!in_loss || !sum_) continue;
       if (offsets)
         for (int64_t c = 0; c < columns_; ++c) {
@@ -156,7 +164,8 @@ class PassageTask {
 
   Lse<A> columns_lse(const A* scores, int64_t begin, int64_t end, int64_t v) const {
     Lse<A> r;
-    for (int64_t c = begin; c < end; ++c) r.max = max_(r.max, load(scores + c * kStride + v * kLanes));
+    for (int64_t c = begin; c < end; ++c)
+      r.max = max_(r.max, load(scores + c * kStride + v * kLanes));
     const Vec<A> shift = r.max > -A(INFINITY) ? r.max : Vec<A>{};
     for (int64_t c = begin; c < end; ++c)
       r.sum += exp_<A>(load(scores + c * kStride + v * kLanes) - shift);
@@ -164,8 +173,7 @@ class PassageTask {
   }
 
   void vector_of_rows(const Segment& s, int64_t v, bool in_loss, const A* bias, int64_t stride) {
-    const Vec<A> banked = load_rows(
-        c_.row(c_.options.banked_columns ? kRowLse : kPositive), s, v);
+    const Vec<A> banked = load_rows(c_.row(c_.options.banked_columns ? kRowLse : kPositive), s, v);
     Lse<A> plain;
     const bool have_plain = pass_ != PassagePass::gradients && (!bias || upkeep_);
     if (have_plain) plain = columns_lse(scores_, 0, columns_, v);

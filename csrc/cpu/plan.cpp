@@ -59,8 +59,8 @@ void plan_enqueue(const Layout& y, int64_t n, Plan& plan) {
   const int64_t current = plan.next_head / y.block, next = (current + 1) % blocks;
   plan.direct[current] = plan.direct[next] = 1;
   const int64_t offset = plan.next_head % y.block;
-  const int64_t passed = offset / y.group;                       // groups wholly behind head
-  const int64_t first_old = (offset + y.group - 1) / y.group;    // first one wholly ahead of it
+  const int64_t passed = offset / y.group;                     // groups wholly behind head
+  const int64_t first_old = (offset + y.group - 1) / y.group;  // first one wholly ahead of it
   auto add = [&](UpkeepGroup::Kind kind, int64_t block, int64_t k, int64_t from) {
     const int64_t begin = y.block_begin(block) + std::max(k * y.group, from);
     const int64_t limit = std::min(y.block_end(block), plan.fill);

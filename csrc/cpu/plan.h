@@ -12,7 +12,7 @@ namespace contaccum {
 struct Segment {
   int64_t begin, end;
   int64_t block;
-  int64_t mean;    // their row of BankState::means
+  int64_t mean;  // their row of BankState::means
   bool in_window;
 };
 
@@ -25,29 +25,33 @@ struct Piece {
 
 // Banked columns that every surviving row is scored against to keep the table, besides the batch.
 struct UpkeepGroup {
-  enum Kind { ageing, ahead, rest } kind;  // group_lse of head's block / of the next block /
-                                           // what is left of the group that head stands in
-  int64_t index;                           // row of group_lse
-  int64_t begin, end;                      // slots, possibly none
+  enum Kind {
+    ageing,
+    ahead,
+    rest
+  } kind;              // group_lse of head's block / of the next block /
+                       // what is left of the group that head stands in
+  int64_t index;       // row of group_lse
+  int64_t begin, end;  // slots, possibly none
 };
 
 struct Plan {
-  int64_t head = 0, fill = 0;              // before the step
-  int64_t next_head = 0, next_fill = 0;    // after it
+  int64_t head = 0, fill = 0;            // before the step
+  int64_t next_head = 0, next_fill = 0;  // after it
   int64_t rows_in_window = 0;
-  std::vector<Segment> columns;            // at most column_tile slots each; all filled slots
-  std::vector<Segment> rows;               // at most row_tile slots each; all filled slots
-  std::vector<int64_t> window_blocks;      // whole blocks in the window besides head's, before
-  std::vector<int64_t> next_window_blocks; // and after the step
+  std::vector<Segment> columns;             // at most column_tile slots each; all filled slots
+  std::vector<Segment> rows;                // at most row_tile slots each; all filled slots
+  std::vector<int64_t> window_blocks;       // whole blocks in the window besides head's, before
+  std::vector<int64_t> next_window_blocks;  // and after the step
 
   // Enqueue.
-  int64_t count = 0;                       // slots written: min(n, C); rows n - count .. n - 1
-  bool rebuild_after = false;              // the batch replaces nearly the whole ring
-  bool crosses = false;                    // head leaves its block
+  int64_t count = 0;           // slots written: min(n, C); rows n - count .. n - 1
+  bool rebuild_after = false;  // the batch replaces nearly the whole ring
+  bool crosses = false;        // head leaves its block
   std::vector<Piece> pieces;
   std::vector<UpkeepGroup> upkeep;
-  std::vector<char> direct;                // (blocks) new rows are scored against these afresh,
-                                           // for the others the loss has done it
+  std::vector<char> direct;  // (blocks) new rows are scored against these afresh,
+                             // for the others the loss has done it
 };
 
 Plan make_plan(const Layout& layout, const StepOptions& options, int64_t head, int64_t fill,

@@ -2,7 +2,8 @@
 //
 // - A task takes a block of local rows and a run of column tiles; the online softmax keeps its
 //   maximum, sum and weighted sum of columns. Tasks over the same rows are merged afterwards.
-// - Scores of local rows against whole blocks are also the table entries of the rows to be enqueued.
+// - Scores of local rows against whole blocks are also the table entries of the rows to be
+// enqueued.
 // - An offset shared by a block is one more column: its score is the block's bias, its weight the
 //   block's probability mass.
 #pragma once
@@ -24,14 +25,21 @@ struct QueryPartial {
 template <class A, class S>
 class QueryTask {
  public:
-  // Local rows [row0, row1). new_rows: (n, blocks) table entries of the rows to be enqueued, or null.
+  // Local rows [row0, row1). new_rows: (n, blocks) table entries of the rows to be enqueued, or
+  // null.
   QueryTask(const Context<A, S>& c, int64_t row0, int64_t row1, const QueryPartial<A>& part,
             A* new_rows)
-      : c_(c), row0_(row0), rows_(row1 - row0),
+      : c_(c),
+        row0_(row0),
+        rows_(row1 - row0),
         // a slot's passages are never split between tiles
         tile_columns_(c.layout.m > kColumnTile ? c.layout.m : kColumnTile),
-        stride_(round_up(tile_columns_, 16)), part_(part), new_rows_(new_rows),
-        scores_(rows_ * stride_), tile_(tile_columns_ * c.ld), block_max_(rows_),
+        stride_(round_up(tile_columns_, 16)),
+        part_(part),
+        new_rows_(new_rows),
+        scores_(rows_ * stride_),
+        tile_(tile_columns_ * c.ld),
+        block_max_(rows_),
         block_sum_(rows_) {
     for (int64_t r = 0; r < rows_; ++r) {
       part.max[row0 + r] = -A(INFINITY);

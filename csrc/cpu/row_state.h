@@ -26,7 +26,10 @@ template <class A, class S>
 class RowBuilder {
  public:
   RowBuilder(const Context<A, S>& c, const RingView& view)
-      : c_(c), view_(view), scores_(kRows * stride()), tile_(stride() * c.ld),
+      : c_(c),
+        view_(view),
+        scores_(kRows * stride()),
+        tile_(stride() * c.ld),
         groups_(kRows * c.layout.groups()) {}
 
   static constexpr int64_t kRows = 64;
@@ -44,8 +47,7 @@ class RowBuilder {
 
   void combine_row(int64_t slot) {
     ScalarLse<A> lse;
-    for (int64_t b : *view_.window_blocks)
-      lse.add_lse(c_.block_lse[b * c_.layout.capacity + slot]);
+    for (int64_t b : *view_.window_blocks) lse.add_lse(c_.block_lse[b * c_.layout.capacity + slot]);
     c_.row(kBaseLse)[slot] = lse.value();
     lse.add(c_.row(kFreshMax)[slot], c_.row(kFreshSum)[slot]);
     if (c_.options.window_blocks < 0) lse.add_lse(c_.row(kOldLse)[slot]);

@@ -1,6 +1,7 @@
-// Vectors of the instruction set that the including file was compiled for, as GCC vector types, with
-// exp and log. CONTACCUM_VECTOR_BYTES is 16, 32 or 64. Everything is in an anonymous namespace: the
-// same text is compiled for several instruction sets and no two copies may be merged by the linker.
+// Vectors of the instruction set that the including file was compiled for, as GCC vector types,
+// with exp and log. CONTACCUM_VECTOR_BYTES is 16, 32 or 64. Everything is in an anonymous
+// namespace: the same text is compiled for several instruction sets and no two copies may be merged
+// by the linker.
 #pragma once
 
 #include <cmath>
@@ -30,9 +31,9 @@ struct Simd<float> {
   using Int = int32_t;
   static constexpr int lanes = kBytes / 4;
   static constexpr int mantissa = 23, bias = 127;
-  static constexpr float round_magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float round_magic = 12582912.f;   // 1.5 * 2^23: adding it rounds to an integer
   static constexpr int32_t round_bits = 0x4b400000;  // its bit pattern
-  static constexpr float exp_floor = -87.f;           // below, exp is taken as 0
+  static constexpr float exp_floor = -87.f;          // below, exp is taken as 0
   static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
   static constexpr int exp_terms = 7, log_terms = 5;
   static constexpr int32_t sqrt_half_bits = 0x3f3504f3;
@@ -89,8 +90,7 @@ inline Vec<A> exp_(Vec<A> x) {
   V y = splat<A>(1);
 #pragma GCC unroll 16
   for (int k = S::exp_terms; k > 0; --k) y = y * (r * A(1.0 / k)) + A(1);
-  const typename S::I exponent =
-      ((typename S::I)shifted - S::round_bits + S::bias) << S::mantissa;
+  const typename S::I exponent = ((typename S::I)shifted - S::round_bits + S::bias) << S::mantissa;
   return x < S::exp_floor ? V{} : y * (V)exponent;
 }
 

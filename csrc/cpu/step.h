@@ -29,8 +29,11 @@ template <class A, class S>
 class Step {
  public:
   Step(Context<A, S>& c, const StepOutput& out)
-      : c_(c), loss_(static_cast<A*>(out.loss)), dq_(static_cast<A*>(out.d_queries)),
-        dp_(static_cast<A*>(out.d_passages)), lse_(c.n) {}
+      : c_(c),
+        loss_(static_cast<A*>(out.loss)),
+        dq_(static_cast<A*>(out.d_queries)),
+        dp_(static_cast<A*>(out.d_passages)),
+        lse_(c.n) {}
 
   // queries (n, d) and passages (n, m, d): the batch in the bank's own type, to be enqueued.
   void run(const S* queries, const S* passages) {
@@ -197,8 +200,7 @@ class Step {
     const int64_t m = c_.layout.m, d = c_.layout.d;
     for (const Piece& piece : c_.plan.pieces) {
       const int64_t count = piece.end - piece.begin;
-      std::memcpy(c_.queries + piece.begin * d, queries + piece.row * d,
-                  count * d * sizeof(S));
+      std::memcpy(c_.queries + piece.begin * d, queries + piece.row * d, count * d * sizeof(S));
       std::memcpy(c_.passages + piece.begin * m * d, passages + piece.row * m * d,
                   count * m * d * sizeof(S));
       for (int64_t i = 0; i < count * m; ++i)
@@ -289,12 +291,24 @@ void step_typed(const Layout& layout, const BankState& state, const Batch& batch
   convert_rows(queries, n, layout.d, static_cast<A*>(local_queries), ld);
   convert_rows(passages, n * m, layout.d, static_cast<A*>(local_passages), ld);
   const int64_t rows = n + (options.banked_rows ? plan.rows_in_window : 0);
-  Context<A, S> c{layout, options, plan, n, ld, A(options.scale),
+  Context<A, S> c{layout,
+                  options,
+                  plan,
+                  n,
+                  ld,
+                  A(options.scale),
                   1.0 / double(options.weight_all_rows ? rows : n),
-                  static_cast<S*>(state.queries), static_cast<S*>(state.passages), state.ids, state.cursor,
-                  static_cast<A*>(state.block_lse), static_cast<A*>(state.group_lse),
-                  static_cast<A*>(state.row_state), static_cast<A*>(state.means), local_queries,
-                  local_passages, batch.ids};
+                  static_cast<S*>(state.queries),
+                  static_cast<S*>(state.passages),
+                  state.ids,
+                  state.cursor,
+                  static_cast<A*>(state.block_lse),
+                  static_cast<A*>(state.group_lse),
+                  static_cast<A*>(state.row_state),
+                  static_cast<A*>(state.means),
+                  local_queries,
+                  local_passages,
+                  batch.ids};
   Step<A, S> step(c, output);
   step.run(queries, passages);
 }

@@ -101,8 +101,7 @@ constexpr int kSumLocals = kBytes == 64 ? 8 : 4;
 constexpr int kPrefetchRows = 8;
 
 template <class A, int NL, bool kPrefetch>
-inline void score_4(const A* const x[4], const A* local, int64_t ld, A scale, A* out,
-                    int64_t ldo) {
+inline void score_4(const A* const x[4], const A* local, int64_t ld, A scale, A* out, int64_t ldo) {
   Vec<A> sum[NL][4] = {};
   for (int64_t k = 0; k < ld; k += Simd<A>::lanes) {
     Vec<A> xk[4];
