@@ -140,6 +140,18 @@ inline ScalarLse<A> exp_and_lse(A* scores, int64_t count) {
 }
 
 template <class A>
+inline A sum_of(const A* x, int64_t count) {
+  constexpr int64_t lanes = Simd<A>::lanes;
+  Vec<A> total{};
+  A sum = 0;
+  int64_t k = 0;
+  for (; k + lanes <= count; k += lanes) total += load(x + k);
+  for (int64_t l = 0; l < lanes; ++l) sum += total[l];
+  for (; k < count; ++k) sum += x[k];
+  return sum;
+}
+
+template <class A>
 inline void scale_row(A* x, int64_t count, A factor) {
   for (int64_t k = 0; k < count; ++k) x[k] *= factor;
 }

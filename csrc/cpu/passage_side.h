@@ -101,11 +101,8 @@ class PassageTask {
         vector_of_rows(*s, v, in_loss, tile_bias, stride);
       if (!in_loss || !sum_) continue;
       if (offsets)
-        for (int64_t c = 0; c < columns_; ++c) {
-          A total = 0;
-          for (int64_t r = 0; r < count; ++r) total += scores_[c * kStride + r];
-          mass[c * stride + offset] += total;
-        }
+        for (int64_t c = 0; c < columns_; ++c)
+          mass[c * stride + offset] += sum_of<A>(scores_ + c * kStride, count);
       weighted_sum<A>(scores_, kStride, columns_, count, x, c_.ld, sum_);
     }
     if (offsets && sum_)
