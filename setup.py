@@ -87,6 +87,8 @@ extension = Extension(
         # No -march and no -ffast-math: the kernels choose their instruction set at run
         # time and rely on infinities and NaNs; only errno is given up.
         "-fno-math-errno",
+        # Error messages name the source file; not where it lay on the building machine.
+        f"-ffile-prefix-map={ROOT}/=",
         # GCC's default, but -std=c++20 would turn fused multiply-add off.
         "-ffp-contract=fast",
         "-fvisibility=hidden",

@@ -5,7 +5,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -87,13 +89,22 @@ Layout check_bank(const Tensor& queries, const BankTensors& bank,
   return y;
 }
 
+// The widest instruction set of the processor, or the one that CONTACCUM_CPU_ISA names.
 StepKernel cpu_kernel() {
+  bool avx2 = false, avx512 = false;
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return step_avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return step_avx2;
+  avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #endif
+  const char* wish = std::getenv("CONTACCUM_CPU_ISA");
+  const std::string isa = wish ? wish : avx512 ? "avx512" : avx2 ? "avx2" : "baseline";
+  if (isa == "avx512" && avx512) return step_avx512;
+  if (isa == "avx2" && avx2) return step_avx2;
+  STD_TORCH_CHECK(isa == "baseline",
+                  "CONTACCUM_CPU_ISA: expected baseline, avx2 or avx512 as far as the processor "
+                  "has them, got ",
+                  isa);
   return step_baseline;
 }
 
