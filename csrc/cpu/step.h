@@ -48,6 +48,7 @@ class Step {
     query_side(incremental ? static_cast<A*>(new_rows) : nullptr);
     passage_side(incremental);
     *loss_ = A(total_loss_ * c_.row_weight);
+    if (c_.options.enqueue && !enqueue) refuse();
     if (!enqueue) return;
     write_batch(queries, passages);
     const RingView after{c_.plan.next_head, c_.plan.next_fill, &c_.plan.next_window_blocks};
@@ -60,8 +61,16 @@ class Step {
   }
 
  private:
-  // By Cauchy-Schwarz no score overflows when no scaled squared norm does. A batch that fails this
-  // gives a loss that is not finite and never enters the bank.
+  // A batch that may not enter the bank must not look sound: whoever watches the loss or, as loss
+  // scaling does, the gradients shall see it.
+  void refuse() {
+    const int64_t rows = c_.n, columns = c_.n * c_.layout.m, d = c_.layout.d;
+    *loss_ = A(NAN);
+    for (int64_t i = 0; dq_ && i < rows * d; ++i) dq_[i] = A(NAN);
+    for (int64_t i = 0; dp_ && i < columns * d; ++i) dp_[i] = A(NAN);
+  }
+
+  // By Cauchy-Schwarz no score overflows when no scaled squared norm does.
   bool all_finite() const {
     const int64_t total = c_.n * (1 + c_.layout.m);
     for (int64_t i = 0; i < total; ++i) {
