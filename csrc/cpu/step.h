@@ -40,7 +40,7 @@ class Step {
     const bool masked = c_.masked();
     const RingView before{c_.plan.head, c_.plan.fill, &c_.plan.window_blocks};
     if (c_.options.rebuild == Rebuild::table) rebuild_table(c_, before, masked);
-    if (c_.options.rebuild == Rebuild::window) rebuild_window(c_, before);
+    if (c_.options.rebuild == Rebuild::window) finish_rows(c_, before, true, false);
 
     const bool enqueue = c_.options.enqueue && all_finite();
     const bool incremental = enqueue && !c_.plan.rebuild_after;
@@ -52,10 +52,12 @@ class Step {
     if (!enqueue) return;
     write_batch(queries, passages);
     const RingView after{c_.plan.next_head, c_.plan.next_fill, &c_.plan.next_window_blocks};
-    if (incremental)
+    if (incremental) {
+      finish_rows(c_, after, c_.plan.crosses, true);
       enter_rows(after, new_rows);
-    else
+    } else {
       rebuild_table(c_, after, masked);
+    }
     c_.cursor[0] = after.head;
     c_.cursor[1] = after.fill;
   }
