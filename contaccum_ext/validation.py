@@ -27,7 +27,8 @@ def number(name: str, value: Any) -> float:
 def positive(name: str, value: Any) -> float:
     """Return a positive number that, like its inverse, is finite."""
     value = number(name, value)
-    if not (value > 0 and math.isfinite(value) and math.isfinite(1.0 / value)):
+    # Comparisons alone, which torch.compile can trace for a number that changes from call to call.
+    if not (0 < value < math.inf and 1.0 / value < math.inf):
         raise ValueError(f"{name}: expected a positive finite number with an inverse, got {value}")
     return value
 
