@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from test_op_refusals import assert_same_state, state
 
 import contaccum_ext as ca
 from contaccum_ext import reference
@@ -169,8 +170,8 @@ def test_clear_forgets_everything(device):
         ca.contaccum_loss(x[:, 0], x, used, passage_ids=torch.zeros(n, 2, dtype=torch.int64))
     used.clear()
     assert len(used) == 0 and used.queries().shape == (0, 8) and used.passages().shape == (0, 2, 8)
+    assert_same_state(used, state(new))
     for n in (3, 2, 6):
         x = torch.randn(n, 2, 8, dtype=torch.float64, device=device)
         assert torch.equal(*(ca.contaccum_loss(x[:, 0], x, bank) for bank in (used, new)))
-    for a, b in zip(used.state_dict().values(), new.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
+    assert_same_state(used, state(new))
