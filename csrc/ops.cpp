@@ -207,19 +207,15 @@ void* current_stream(int device) {
   return stream;
 }
 
-// What a kernel launch depends on besides shapes, asked for once.
-struct Device {
-  int multiprocessors = 0, compute_capability = 0;
-};
-Device device_properties(int index) {
+// Asked for once.
+CudaDevice device_properties(int index) {
   constexpr int kDevices = 64;
   static std::once_flag once[kDevices];
-  static Device devices[kDevices];
+  static CudaDevice devices[kDevices];
   STD_TORCH_CHECK(index >= 0 && index < kDevices, "queries: expected a device below ", kDevices,
                   ", got ", index);
   std::call_once(once[index], [&] {
-    Device& d = devices[index];
-    const char* error = cuda_device(index, &d.multiprocessors, &d.compute_capability);
+    const char* error = cuda_device(index, &devices[index]);
     STD_TORCH_CHECK(!error, "queries: device ", index, " gave no properties: ", error);
   });
   return devices[index];
@@ -256,7 +252,6 @@ std::tuple<Tensor, Tensor, Tensor> banked_loss_cuda(
   Tensor dq = torch::stable::new_empty(queries, {with_grad ? n : 0, y.d});
   Tensor dp = torch::stable::new_empty(queries, {with_grad ? n : 0, y.m, y.d});
 
-  const Device device = device_properties(index);
   const CudaStep step{
       storage_of(storage),
       storage_of(queries.scalar_type()),
@@ -266,8 +261,7 @@ std::tuple<Tensor, Tensor, Tensor> banked_loss_cuda(
       {scale, window_blocks, weight_all_rows, banked_rows, banked_columns, use_offsets, drift_decay,
        with_grad, enqueue, static_cast<Rebuild>(rebuild)},
       {loss.mutable_data_ptr(), dq.mutable_data_ptr(), dp.mutable_data_ptr()},
-      device.multiprocessors,
-      device.compute_capability};
+      device_properties(index)};
   const Tensor scratch = torch::stable::new_empty(
       queries, {static_cast<int64_t>(cuda_scratch_bytes(step))}, ScalarType::Byte);
   const char* error = cuda_step(step, scratch.mutable_data_ptr(), current_stream(index));
@@ -302,6 +296,11 @@ STABLE_TORCH_LIBRARY_IMPL(contaccum_ext, CPU, m) {
 }
 
 #ifdef CONTACCUM_WITH_CUDA
+// For tests and benchmarks: which of the two implementations runs where both could.
+extern "C" __attribute__((visibility("default"))) void contaccum_allow_tensor_cores(int allow) {
+  contaccum::cuda_allow_tensor_cores(allow != 0);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(contaccum_ext, CUDA, m) {
   m.impl("banked_loss_", TORCH_BOX(&contaccum::banked_loss_cuda));
 }

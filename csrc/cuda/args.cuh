@@ -72,6 +72,7 @@ struct Args {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kMaxDim = 4096;
+constexpr int kMaxSplits = 512;  // of the query side: their weights are held in shared memory
 
 // A warp scores kTileRows<A> bank vectors against kLocals<A> local ones: one score a lane.
 template <class A>

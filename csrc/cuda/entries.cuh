@@ -41,13 +41,14 @@ struct EntryRows {
   __device__ int slot(int i) const {
     return which == Entries::batch ? was.slot_of(a.n - count + i) : first + i;
   }
+  // Blocks to score, beside head's and the next.
+  __device__ int blocks() const { return which == Entries::batch ? was.touched() : a.blocks; }
   // The i-th block to score: head's, the next, then the others; -1 past the end.
   __device__ int block(int i) const {
     const int current = ring.block(), next = ring.next_block();
     if (i < 2) return i == 0 ? current : next;
     const int first_block = which == Entries::batch ? was.first_slot() / a.block : 0;
-    const int blocks = which == Entries::batch ? was.touched() : a.blocks;
-    if (i - 2 >= blocks) return -1;
+    if (i - 2 >= blocks()) return -1;
     const int b = (first_block + i - 2) % a.blocks;
     return b == current || b == next ? -1 : b;
   }
@@ -160,20 +161,29 @@ __device__ void enter_row(const EntryRows<S>& rows, int i) {
   const int passed = ring.passed_groups(), first_old = ring.first_old();
 
   Lse<A> base;
-  for (int b = lane; b < a.blocks; b += 32) {
-    Lse<A> lse;
-    if (b == next && b != current)
-      for (int k = 0; k < a.groups; ++k) lse.add_lse(rows.group_part(1, k)[i]);
-    else if (b != current) {
-      const int at = rows.index(b);
-      if (at >= 0)
-        for (int s = 0; s < a.strips; ++s) lse.add_lse(rows.strip_part(at, s)[i]);
-      else if (b * a.block < rows.was.fill)
-        for (int p = 0; p < a.parts; ++p)
-          lse.add_lse(a.unit_lse[(int64_t(b) * a.parts + p) * a.n + a.n - rows.count + i]);
-    }
+  auto set_block = [&](int b, const Lse<A>& lse) {  // by one lane
     a.block_lse[int64_t(b) * a.capacity + slot] = lse.value();
     if (ring.is_whole(b)) base.add(lse);
+  };
+  for (int b = lane; b < a.blocks; b += 32) {
+    Lse<A> lse;
+    if (b != current && (b == next || rows.index(b) >= 0)) continue;
+    if (b != current && b * a.block < rows.was.fill)
+      for (int p = 0; p < a.parts; ++p)
+        lse.add_lse(a.unit_lse[(int64_t(b) * a.parts + p) * a.n + a.n - rows.count + i]);
+    set_block(b, lse);
+  }
+  // Blocks that were scored afresh have many parts: lanes share them.
+  for (int at = 1; at < 2 + rows.blocks(); ++at) {
+    const int b = rows.block(at);
+    if (b < 0 || b == current) continue;
+    Lse<A> lse;
+    if (at == 1)
+      for (int k = lane; k < a.groups; k += 32) lse.add_lse(rows.group_part(1, k)[i]);
+    else
+      for (int s = lane; s < a.strips; s += 32) lse.add_lse(rows.strip_part(at, s)[i]);
+    lse.merge_lanes(32);
+    if (lane == 0) set_block(b, lse);
   }
   base.merge_lanes(32);
   for (int k = lane; k < passed; k += 32)

@@ -1,6 +1,8 @@
 // By storage type; one file each, so that they compile side by side.
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #include "launch.h"
 #include "number.cuh"
 
@@ -10,6 +12,12 @@ template <class S>
 size_t scratch_bytes(const CudaStep& step);
 template <class S>
 void launch_step(const CudaStep& step, void* scratch, cudaStream_t stream);
+
+namespace {
+std::atomic<bool> tensor_cores{true};
+}
+bool tensor_cores_allowed() { return tensor_cores; }
+void cuda_allow_tensor_cores(bool allow) { tensor_cores = allow; }
 
 size_t cuda_scratch_bytes(const CudaStep& step) {
   switch (step.storage) {
@@ -45,16 +53,21 @@ const char* cuda_step(const CudaStep& step, void* scratch, void* stream) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-const char* cuda_device(int device, int* multiprocessors, int* compute_capability) {
+const char* cuda_device(int index, CudaDevice* device) {
   int major = 0, minor = 0;
-  cudaError_t error =
-      cudaDeviceGetAttribute(multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  *compute_capability = 10 * major + minor;
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  const struct {
+    cudaDeviceAttr attribute;
+    int* value;
+  } wanted[] = {{cudaDevAttrMultiProcessorCount, &device->multiprocessors},
+                {cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_bytes},
+                {cudaDevAttrComputeCapabilityMajor, &major},
+                {cudaDevAttrComputeCapabilityMinor, &minor}};
+  for (const auto& w : wanted) {
+    const cudaError_t error = cudaDeviceGetAttribute(w.value, w.attribute, index);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+  }
+  device->compute_capability = 10 * major + minor;
+  return nullptr;
 }
 
 }  // namespace contaccum

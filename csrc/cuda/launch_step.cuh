@@ -6,14 +6,13 @@
 #include <algorithm>
 
 #include "attend.cuh"
+#include "attend_mma.h"
 #include "entries.cuh"
 #include "launch.h"
 #include "reduce.cuh"
 #include "rows.cuh"
 
 namespace contaccum {
-
-inline int64_t ceil_div(int64_t x, int64_t unit) { return (x + unit - 1) / unit; }
 
 // Scratch memory in the order in which it is asked for; with a null base only its size counts.
 class Arena {
@@ -32,16 +31,31 @@ class Arena {
   size_t size_ = 0;
 };
 
-constexpr int64_t kPartialBytes = 4 << 20;  // of part_out where more than one split is worth it
-constexpr int64_t kEntryBytes = 2 << 20;    // of strip_part, and of the rows of a rebuild
-constexpr int kBlocksPerProcessor = 2;      // thread blocks of a streaming kernel that fit at once
+constexpr int64_t kPartialBytes = 14 << 20;  // of part_out where more than one split is worth it
+constexpr int64_t kEntryBytes = 2 << 20;     // of strip_part, and of the rows of a rebuild
+constexpr int kBlocksPerProcessor = 2;       // thread blocks of a streaming kernel that fit at once
+
+// How one streaming pass is cut.
+struct Cut {
+  int64_t locals;  // local vectors of a thread block
+  int64_t tile;    // bank vectors that it reads at once
+  int64_t blocks;  // thread blocks that fit the device at once
+};
+
+template <class S>
+Cut cut_for(const CudaStep& step, int64_t locals) {
+  if (takes_tensor_cores<S>(step))
+    return {8 * mma_n_tiles(step.layout.d, locals), kMmaBankTile, step.device.multiprocessors};
+  return {kLocals<Acc<S>>, kWarps * kTileRows<Acc<S>>,
+          kBlocksPerProcessor * step.device.multiprocessors};
+}
 
 // Splits of a streaming pass with `rows` local vectors: enough to fill the device, few enough for
 // the partial sums to stay small.
-inline int split_budget(const CudaStep& step, int64_t rows, int64_t locals, int64_t acc_bytes) {
-  const int64_t fill = kBlocksPerProcessor * step.multiprocessors / ceil_div(rows, locals);
+inline int split_budget(const CudaStep& step, int64_t rows, const Cut& cut, int64_t acc_bytes) {
+  const int64_t fill = cut.blocks / ceil_div(rows, cut.locals);
   const int64_t fit = kPartialBytes / (rows * step.layout.d * acc_bytes);
-  return int(std::max<int64_t>(1, std::min(fill, fit)));
+  return int(std::max<int64_t>(1, std::min<int64_t>({fill, fit, kMaxSplits})));
 }
 
 // Share of `splits` for `local` of `local + bank` vectors in tiles of `tile`.
@@ -93,18 +107,21 @@ Args<S> arrange(const CudaStep& step, Arena& arena) {
   a.d_passages = step.out.d_passages;
   a.output = step.output;
 
-  const int64_t n = a.n, columns = n * a.m, tile = kWarps * kTileRows<A>;
-  const int query_splits = split_budget(step, n, kLocals<A>, sizeof(A));
+  const int64_t n = a.n, columns = n * a.m;
+  const Cut cut = cut_for<S>(step, n), gradient_cut = cut_for<S>(step, columns);
+  const int64_t tile = cut.tile;
+  const int query_splits = split_budget(step, n, cut, sizeof(A));
   a.local_splits = local_share(query_splits, columns, y.capacity * y.m, tile);
   if (y.capacity > 0) {
     const int64_t wanted = std::max(1, query_splits - a.local_splits);
     const int64_t most = ceil_div(y.block * y.m, tile);
     const int64_t parts = std::min(ceil_div(wanted, y.blocks()), std::min(most, y.block));
-    a.unit_slots = int(ceil_div(y.block, parts));
+    const int64_t whole = std::max<int64_t>(1, tile / y.m);  // slots: no tile is cut in two
+    a.unit_slots = int(std::min(y.block, ceil_div(ceil_div(y.block, parts), whole) * whole));
     a.parts = int(ceil_div(y.block, a.unit_slots));
     a.bank_splits = int(std::min<int64_t>(wanted, y.blocks() * a.parts));
   }
-  const int gradient_splits = split_budget(step, columns, kLocals<A>, sizeof(A));
+  const int gradient_splits = split_budget(step, columns, gradient_cut, sizeof(A));
   a.gradient_local = local_share(gradient_splits, n, y.capacity, tile);
   a.gradient_bank = a.banked_rows
                         ? int(std::min<int64_t>(std::max(1, gradient_splits - a.gradient_local),
@@ -113,7 +130,7 @@ Args<S> arrange(const CudaStep& step, Arena& arena) {
   a.row_blocks =
       a.banked_rows || a.incremental ? int(ceil_div(y.capacity, kRowWarps * kTileRows<A>)) : 0;
 
-  const int64_t splits = a.local_splits + a.bank_splits;
+  const int64_t splits = a.local_splits + a.bank_splits;  // at most kMaxSplits + 1
   a.position = arena.take<int64_t>(2);
   a.not_finite = arena.take<int>(n);
   a.losses = arena.take<double>(n + a.row_blocks);
@@ -183,11 +200,10 @@ class Launcher {
     if (step_.options.rebuild == Rebuild::window && a_.capacity > 0)
       sum_window<S><<<ceil_div(a_.capacity, kThreads), kThreads, 0, stream_>>>(a_);
     const int64_t chunks = ceil_div(a_.d, kSumColumns), columns = int64_t(a_.n) * a_.m;
-    attend(true, dim3(a_.local_splits + a_.bank_splits, ceil_div(a_.n, L)));
+    attend(true, a_.local_splits + a_.bank_splits, a_.n);
     finish_queries<S><<<dim3(a_.n, a_.with_grad ? chunks : 1), kThreads, 0, stream_>>>(a_);
     if (a_.row_blocks > 0) banked_rows<S, V><<<a_.row_blocks, kRowThreads, 0, stream_>>>(a_);
-    if (a_.with_grad)
-      attend(false, dim3(a_.gradient_local + a_.gradient_bank, ceil_div(columns, L)));
+    if (a_.with_grad) attend(false, a_.gradient_local + a_.gradient_bank, columns);
     const int64_t writers = a_.enqueue ? a_.n + ceil_div(int64_t(1 + a_.m) * a_.d, kThreads) : 0;
     const int64_t sums = a_.with_grad ? columns * chunks : 0;
     finish_passages<S><<<1 + writers + sums, kThreads, 0, stream_>>>(a_);
@@ -198,7 +214,11 @@ class Launcher {
   }
 
  private:
-  void attend(bool queries, dim3 grid) {
+  void attend(bool queries, int splits, int64_t locals) {
+    if constexpr (sizeof(S) == 2)
+      if (takes_tensor_cores<S>(step_))
+        return launch_attend_mma<S>(a_, step_.device, queries, splits, stream_);
+    const dim3 grid(splits, ceil_div(locals, L));
     if constexpr (V == 1)
       return a_.d <= kThreads ? attend_with<1>(queries, grid) : attend_with<16>(queries, grid);
     else if (a_.d <= kThreads)

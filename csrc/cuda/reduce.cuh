@@ -26,6 +26,7 @@ __device__ Acc<S> sum_splits(const Args<S>& a, int splits, int row, int of, int 
   const int column = threadIdx.x % kSumColumns, group = threadIdx.x / kSumColumns;
   A sum = 0;
   if (k < a.d)
+#pragma unroll 4
     for (int s = group; s < splits; s += kSumLanes)
       sum += weight(s) * a.part_out[(int64_t(s) * of + row) * a.d + k];
   sums[group][column] = sum;
@@ -83,10 +84,13 @@ __global__ void __launch_bounds__(kThreads) finish_queries(const Args<S> a) {
   }
   if (!a.with_grad) return;
   const int k = blockIdx.y * kSumColumns + threadIdx.x % kSumColumns;
-  const A sum = sum_splits(a, splits, row, a.n, k, [&](int s) {
+  __shared__ A weights[kMaxSplits + 1];
+  for (int s = threadIdx.x; s < splits; s += kThreads) {
     const A top = a.part_max[int64_t(s) * a.n + row];
-    return top == minus_infinity<A>() ? A(0) : exp_(top - lse);
-  });
+    weights[s] = top == minus_infinity<A>() ? A(0) : exp_(top - lse);
+  }
+  __syncthreads();
+  const A sum = sum_splits(a, splits, row, a.n, k, [&](int s) { return weights[s]; });
   if (k >= a.d || threadIdx.x >= kSumColumns) return;
   const A factor = A(Ring<S>(a, a.cursor).row_weight()) * a.scale;
   store_as(a.output, a.d_queries, int64_t(row) * a.d + k, factor * (sum - to_acc(positive[k])));

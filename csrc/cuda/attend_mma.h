@@ -1,0 +1,36 @@
+// When tensor cores are used, and the launch of attend_mma.cuh, compiled apart.
+#pragma once
+
+#include "args.cuh"
+#include "launch.h"
+
+namespace contaccum {
+
+inline int64_t ceil_div(int64_t x, int64_t unit) { return (x + unit - 1) / unit; }
+
+constexpr int64_t kMmaBankTile = 32;  // MmaTile::kBank, for those who do not see the kernels
+
+bool tensor_cores_allowed();
+
+// Local vectors of a thread block, in eights.
+inline int mma_n_tiles(int64_t d, int64_t locals) {
+  const int most = d <= 768 ? 4 : 2;
+  return locals <= 8 ? 1 : locals <= 16 ? 2 : most;
+}
+
+template <class S>
+bool takes_tensor_cores(const CudaStep& step) {
+  if (sizeof(S) != 2 || step.layout.d % 8 != 0 || step.layout.d > 1024) return false;
+  if (step.device.compute_capability < 80 || !tensor_cores_allowed()) return false;
+  const void* used[] = {step.batch.queries, step.batch.passages, step.state.queries,
+                        step.state.passages};
+  for (const void* p : used)
+    if (reinterpret_cast<uintptr_t>(p) % 16 != 0) return false;
+  return true;
+}
+
+template <class S>
+void launch_attend_mma(const Args<S>& a, const CudaDevice& device, bool queries, int splits,
+                       cudaStream_t stream);
+
+}  // namespace contaccum
