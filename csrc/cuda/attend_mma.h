@@ -29,6 +29,17 @@ bool takes_tensor_cores(const CudaStep& step) {
   return true;
 }
 
+// Below this many slots, thread blocks of 128 rows are too few, and rows.cuh is faster.
+template <class S>
+bool takes_rows_mma(const CudaStep& step) {
+  return takes_tensor_cores<S>(step) && step.layout.capacity >= 4096 &&
+         step.layout.offset_block >= 32;
+}
+constexpr int kRowsMma = 128;  // RowsTile::kRows
+
+template <class S>
+void launch_rows_mma(const Args<S>& a, cudaStream_t stream);
+
 template <class S>
 void launch_attend_mma(const Args<S>& a, const CudaDevice& device, bool queries, int splits,
                        cudaStream_t stream);

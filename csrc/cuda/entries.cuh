@@ -141,13 +141,35 @@ __global__ void __launch_bounds__(kThreads)
 
 // Combine a row's entries for all blocks into its log-sum-exp over the bank.
 template <class S>
-__device__ void combine_row(const Args<S>& a, int64_t slot, Acc<S> base) {
-  Lse<Acc<S>> lse;
+__device__ void combine_row(const Args<S>& a, int64_t slot, Acc<S> base, const Lse<Acc<S>>& fresh,
+                            Acc<S> old) {
+  Lse<Acc<S>> lse = fresh;
   lse.add_lse(base);
+  if (a.window_blocks < 0) lse.add_lse(old);
   a.row(kBaseLse)[slot] = base;
-  lse.add(a.row(kFreshMax)[slot], a.row(kFreshSum)[slot]);
-  if (a.window_blocks < 0) lse.add_lse(a.row(kOldLse)[slot]);
   a.row(kRowLse)[slot] = lse.value();
+}
+
+// Sum of count entries that lie `stride` apart, read eight at a time: one wait, not one each.
+template <class A>
+__device__ Lse<A> sum_entries(const A* from, int count, int64_t stride) {
+  Lse<A> lse;
+  for (int begin = 0; begin < count; begin += 8) {
+    A entry[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e)
+      entry[e] = begin + e < count ? from[(begin + e) * stride] : minus_infinity<A>();
+    A top = lse.max;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) top = entry[e] > top ? entry[e] : top;
+    if (top == minus_infinity<A>()) continue;
+    A sum = lse.sum == A(0) ? A(0) : lse.sum * exp_(lse.max - top);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) sum += exp_(entry[e] - top);
+    lse.max = top;
+    lse.sum = sum;
+  }
+  return lse;
 }
 
 // Grid (rows / kWarps).
@@ -169,8 +191,8 @@ __device__ void enter_row(const EntryRows<S>& rows, int i) {
     Lse<A> lse;
     if (b != current && (b == next || rows.index(b) >= 0)) continue;
     if (b != current && b * a.block < rows.was.fill)
-      for (int p = 0; p < a.parts; ++p)
-        lse.add_lse(a.unit_lse[(int64_t(b) * a.parts + p) * a.n + a.n - rows.count + i]);
+      lse =
+          sum_entries(a.unit_lse + int64_t(b) * a.parts * a.n + a.n - rows.count + i, a.parts, a.n);
     set_block(b, lse);
   }
   // Blocks that were scored afresh have many parts: lanes share them.
@@ -214,7 +236,19 @@ __device__ void enter_row(const EntryRows<S>& rows, int i) {
   a.row(kFreshMax)[slot] = fresh.max;
   a.row(kFreshSum)[slot] = fresh.sum;
   a.row(kOldLse)[slot] = suffix.value();
-  combine_row(a, slot, base.value());
+  combine_row(a, slot, base.value(), fresh, suffix.value());
+}
+
+// Over the whole blocks of the window, which lie in at most two runs of the table.
+template <class S>
+__device__ Lse<Acc<S>> sum_window_blocks(const Args<S>& a, const Ring<S>& ring, int64_t slot) {
+  const int whole = ring.whole_blocks(), before = min(whole, ring.block());
+  const int wrapped = whole - before;
+  Lse<Acc<S>> lse = sum_entries(a.block_lse + int64_t(ring.block() - before) * a.capacity + slot,
+                                before, a.capacity);
+  lse.add(sum_entries(a.block_lse + int64_t(a.blocks - wrapped) * a.capacity + slot, wrapped,
+                      a.capacity));
+  return lse;
 }
 
 // Bring a surviving row's entries from head to the next head; see banked_rows().
@@ -230,16 +264,13 @@ __device__ void survive(const Args<S>& a, const Ring<S>& was, const Ring<S>& rin
       suffix.add_lse(*at);
       *at = suffix.value();
     }
-    Lse<A> whole;
-    for (int age = 1; age <= ring.whole_blocks(); ++age)
-      whole.add_lse(a.block_lse[int64_t(ring.window_block(age)) * a.capacity + slot]);
-    base = whole.value();
+    base = sum_window_blocks(a, ring, slot).value();
   }
   Lse<A> old;
   old.add_lse(a.row(kOldLse)[slot]);
   if (first_old < a.groups) old.add_lse(a.group_lse[int64_t(first_old) * a.capacity + slot]);
   a.row(kOldLse)[slot] = old.value();
-  combine_row(a, slot, base);
+  combine_row(a, slot, base, {a.row(kFreshMax)[slot], a.row(kFreshSum)[slot]}, old.value());
 }
 
 // Grid (survivor blocks of kThreads rows, then rows / kWarps). With `batch` the first part brings
@@ -261,14 +292,11 @@ __global__ void __launch_bounds__(kThreads)
 // Another window: the same table, other blocks of it summed. Grid (C / kThreads).
 template <class S>
 __global__ void __launch_bounds__(kThreads) sum_window(const Args<S> a) {
-  using A = Acc<S>;
   const Ring<S> ring(a, a.cursor);
   const int slot = blockIdx.x * kThreads + threadIdx.x;
   if (slot >= ring.fill) return;
-  Lse<A> base;
-  for (int age = 1; age <= ring.whole_blocks(); ++age)
-    base.add_lse(a.block_lse[int64_t(ring.window_block(age)) * a.capacity + slot]);
-  combine_row(a, slot, base.value());
+  combine_row(a, slot, sum_window_blocks(a, ring, slot).value(),
+              {a.row(kFreshMax)[slot], a.row(kFreshSum)[slot]}, a.row(kOldLse)[slot]);
 }
 
 }  // namespace contaccum

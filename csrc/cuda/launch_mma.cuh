@@ -5,6 +5,7 @@
 
 #include "attend_mma.cuh"
 #include "attend_mma.h"
+#include "rows_mma.cuh"
 
 namespace contaccum {
 
@@ -50,6 +51,15 @@ void launch_attend_mma(const Args<S>& a, const CudaDevice& device, bool queries,
     launch_side<S, true>(a, device, splits, stream);
   else
     launch_side<S, false>(a, device, splits, stream);
+}
+
+template <class S>
+void launch_rows_mma(const Args<S>& a, cudaStream_t stream) {
+  static_assert(RowsTile::kRows == kRowsMma && RowsTile::kMinOffsetBlock == 32,
+                "takes_rows_mma() says so");
+  constexpr int bytes = sizeof(typename BankedRowsMma<S>::Shared);
+  cudaFuncSetAttribute(banked_rows_mma<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  banked_rows_mma<S><<<a.row_blocks, kThreads, bytes, stream>>>(a);
 }
 
 }  // namespace contaccum

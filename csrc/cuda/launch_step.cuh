@@ -128,7 +128,9 @@ Args<S> arrange(const CudaStep& step, Arena& arena) {
                                                 ceil_div(y.capacity, tile)))
                         : 0;
   a.row_blocks =
-      a.banked_rows || a.incremental ? int(ceil_div(y.capacity, kRowWarps * kTileRows<A>)) : 0;
+      a.banked_rows || a.incremental
+          ? int(ceil_div(y.capacity, takes_rows_mma<S>(step) ? kRowsMma : kRowWarps * kTileRows<A>))
+          : 0;
 
   const int64_t splits = a.local_splits + a.bank_splits;  // at most kMaxSplits + 1
   a.position = arena.take<int64_t>(2);
@@ -202,7 +204,7 @@ class Launcher {
     const int64_t chunks = ceil_div(a_.d, kSumColumns), columns = int64_t(a_.n) * a_.m;
     attend(true, a_.local_splits + a_.bank_splits, a_.n);
     finish_queries<S><<<dim3(a_.n, a_.with_grad ? chunks : 1), kThreads, 0, stream_>>>(a_);
-    if (a_.row_blocks > 0) banked_rows<S, V><<<a_.row_blocks, kRowThreads, 0, stream_>>>(a_);
+    if (a_.row_blocks > 0) score_rows();
     if (a_.with_grad) attend(false, a_.gradient_local + a_.gradient_bank, columns);
     const int64_t writers = a_.enqueue ? a_.n + ceil_div(int64_t(1 + a_.m) * a_.d, kThreads) : 0;
     const int64_t sums = a_.with_grad ? columns * chunks : 0;
@@ -237,6 +239,12 @@ class Launcher {
       attend_queries<S, DPT, V><<<grid, kThreads, 0, stream_>>>(a_);
     else
       attend_passages<S, DPT, V><<<grid, kThreads, 0, stream_>>>(a_);
+  }
+
+  void score_rows() {
+    if constexpr (sizeof(S) == 2)
+      if (takes_rows_mma<S>(step_)) return launch_rows_mma<S>(a_, stream_);
+    banked_rows<S, V><<<a_.row_blocks, kRowThreads, 0, stream_>>>(a_);
   }
 
   void enter_batch() {
