@@ -28,7 +28,11 @@ class TileWalk {
  public:
   __device__ TileWalk(const Args<S>& args, const Ring<S>& r, int split, int local_splits,
                       int bank_splits)
-      : a(args), ring(r), local(split < local_splits), m(kQuerySide && !local ? args.m : 1) {
+      : a(args),
+        ring(r),
+        local(split < local_splits),
+        m(kQuerySide && !local ? int(args.m) : 1),
+        step(m <= kTile ? kTile / m * m : kTile) {
     if (local) {
       const int64_t vectors = kQuerySide ? a.n * a.m : a.n;
       j = int(vectors * split / local_splits);
@@ -53,7 +57,6 @@ class TileWalk {
   __device__ bool next() {
     while (j >= run_end)
       if (!next_run()) return false;
-    const int step = m <= kTile ? kTile / m * m : kTile;  // whole slots where they fit
     tile.j = j;
     tile.count = min(step, run_end - j);
     j += tile.count;
@@ -63,7 +66,8 @@ class TileWalk {
   const Args<S>& a;
   const Ring<S>& ring;
   const bool local;
-  const int m;  // vectors a slot
+  const int m;     // vectors a slot
+  const int step;  // vectors a tile: whole slots where they fit
   BankTile tile{};
   int first_unit = 0, last_unit = 0;
 
@@ -77,7 +81,8 @@ class TileWalk {
       slot_end = min(min(slot + a.unit_slots, ring.block_end(b)), ring.fill);
       tile.for_table = a.incremental && !ring.is_direct(b);
     }
-    const Run run = ring.run(slot, slot_end);
+    Run run = ring.run(slot, slot_end);
+    if (!a.use_offsets && (slot >= ring.head || slot_end <= ring.head)) run.end = slot_end;
     slot = run.end;
     tile.in_loss = run.in_window && (kQuerySide ? a.banked_columns : a.banked_rows);
     tile.mean = a.use_offsets && tile.in_loss ? run.mean : -1;
@@ -134,11 +139,18 @@ class AttendMma {
     while (walk.next()) {
       const BankTile& t = walk.tile;
       if (t.unit != unit) close_units(unit, t.unit);
+      float lse[kPer];  // asked for early, used after the barrier
+      if constexpr (!kQuerySide)
+#pragma unroll
+        for (int e = 0; e < kPer; ++e)
+          lse[e] = my_column + e < t.count
+                       ? (walk.local ? a.local_lse : a.row_lse)[t.j + my_column + e]
+                       : 0.f;
       wait_tile();
       score(stage);
       if (t.mean >= 0 && (t.mean != bias_mean || walk.m > kBank)) offset_scores(t, walk.m);
       __syncthreads();
-      weigh(t, walk.local, walk.m);
+      weigh(t, walk.local, walk.m, lse);
       __syncthreads();
       if (a.with_grad && t.in_loss) accumulate(t, stage, walk.m);
       __syncwarp();  // the slice has been read by every lane before it is overwritten
@@ -176,15 +188,18 @@ class AttendMma {
   // so that the number of groups in flight stays known.
   __device__ void load_tile(Walk& ahead, int stage) {
     if (ahead.next()) {
-      constexpr int kChunks = 2 * MT;
-      const uint32_t to = my_stage + stage * Tile::kStageBytes;
-      const S* from = vectors + int64_t(ahead.tile.j) * a.d + slice;
+      constexpr int kChunks = 2 * MT, kRowsAtOnce = 32 / kChunks;
+      const int first_row = lane / kChunks, chunk = lane % kChunks;
+      const int rows = slice + chunk * 8 < a.d ? ahead.tile.count : 0;
+      uint32_t to = my_stage + stage * Tile::kStageBytes + first_row * Tile::kRowBytes + chunk * 16;
+      const S* from = vectors + int64_t(ahead.tile.j + first_row) * a.d + slice + chunk * 8;
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) {
-        const int at = i * 32 + lane, row = at / kChunks, chunk = at % kChunks;
-        const bool inside = row < ahead.tile.count && slice + chunk * 8 < a.d;
-        copy_16(to + row * Tile::kRowBytes + chunk * 16,
-                inside ? from + int64_t(row) * a.d + chunk * 8 : vectors, inside);
+      for (int i = 0; i < kBank; i += kRowsAtOnce) {
+        const int row = i + first_row;
+        if (first_row < kRowsAtOnce && row < kBank)
+          copy_16(to, row < rows ? from : vectors, row < rows);
+        to += kRowsAtOnce * Tile::kRowBytes;
+        from += kRowsAtOnce * a.d;
       }
     }
     copy_commit();
@@ -268,7 +283,7 @@ class AttendMma {
   }
 
   // Add up the warps' shares; mask; turn scores into weights.
-  __device__ void weigh(const BankTile& t, bool is_local, int m) {
+  __device__ void weigh(const BankTile& t, bool is_local, int m, const float (&lse)[kPer]) {
     float s[kPer] = {};
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
@@ -302,12 +317,10 @@ class AttendMma {
       top = new_top;
       if (my_column == 0) sh.shrink[my_local] = factor;
     }
-    const float* lse = is_local ? a.local_lse : a.row_lse;
 #pragma unroll
     for (int e = 0; e < kPer; ++e) {
       const int c = my_column + e;
-      float reference = top;
-      if constexpr (!kQuerySide) reference = c < t.count ? lse[t.j + c] : 0.f;
+      const float reference = kQuerySide ? top : lse[e];
       s[e] = s[e] == minus_infinity<float>() ? 0.f : expf(s[e] - reference);
       sum += s[e];
       store_weight(my_local, c, s[e]);

@@ -38,7 +38,7 @@ bool takes_rows_mma(const CudaStep& step) {
 constexpr int kRowsMma = 128;  // RowsTile::kRows
 
 template <class S>
-void launch_rows_mma(const Args<S>& a, cudaStream_t stream);
+void launch_rows_mma(const Args<S>& a, const CudaDevice& device, cudaStream_t stream);
 
 template <class S>
 void launch_attend_mma(const Args<S>& a, const CudaDevice& device, bool queries, int splits,

@@ -53,13 +53,25 @@ void launch_attend_mma(const Args<S>& a, const CudaDevice& device, bool queries,
     launch_side<S, false>(a, device, splits, stream);
 }
 
+template <class S, int kColumns>
+void launch_rows(const Args<S>& a, cudaStream_t stream) {
+  using Tile = RowsTile<kColumns>;
+  static_assert(Tile::kRows == kRowsMma && Tile::kMinOffsetBlock == 32, "takes_rows_mma() says so");
+  constexpr int bytes = sizeof(typename BankedRowsMma<S, Tile>::Shared);
+  const auto kernel = banked_rows_mma<S, kColumns>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  kernel<<<a.row_blocks, kThreads, bytes, stream>>>(a);
+}
+
 template <class S>
-void launch_rows_mma(const Args<S>& a, cudaStream_t stream) {
-  static_assert(RowsTile::kRows == kRowsMma && RowsTile::kMinOffsetBlock == 32,
-                "takes_rows_mma() says so");
-  constexpr int bytes = sizeof(typename BankedRowsMma<S>::Shared);
-  cudaFuncSetAttribute(banked_rows_mma<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  banked_rows_mma<S><<<a.row_blocks, kThreads, bytes, stream>>>(a);
+void launch_rows_mma(const Args<S>& a, const CudaDevice& device, cudaStream_t stream) {
+  // 128 columns do not fit the shared memory of the smaller chips.
+  const bool wide = a.n * a.m > 64 && sizeof(typename BankedRowsMma<S, RowsTile<128>>::Shared) <=
+                                          size_t(device.shared_bytes);
+  if (wide)
+    launch_rows<S, 128>(a, stream);
+  else
+    launch_rows<S, 64>(a, stream);
 }
 
 }  // namespace contaccum

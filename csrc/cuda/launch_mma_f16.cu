@@ -4,6 +4,6 @@
 namespace contaccum {
 
 template void launch_attend_mma<F16>(const Args<F16>&, const CudaDevice&, bool, int, cudaStream_t);
-template void launch_rows_mma<F16>(const Args<F16>&, cudaStream_t);
+template void launch_rows_mma<F16>(const Args<F16>&, const CudaDevice&, cudaStream_t);
 
 }  // namespace contaccum

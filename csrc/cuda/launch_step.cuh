@@ -71,15 +71,15 @@ Args<S> arrange(const CudaStep& step, Arena& arena) {
   const StepOptions& o = step.options;
   Args<S> a{};
   a.n = int(step.batch.n);
-  a.m = int(y.m);
+  a.m = Divisor(int(y.m));
   a.d = int(y.d);
-  a.capacity = int(y.capacity);
-  a.group = int(y.group);
-  a.offset_block = int(y.offset_block);
-  a.block = int(y.block);
+  a.capacity = Divisor(int(y.capacity));
+  a.group = Divisor(int(y.group));
+  a.offset_block = Divisor(int(y.offset_block));
+  a.block = Divisor(int(y.block));
   a.groups = int(y.groups());
   a.offset_blocks = int(y.offset_blocks());
-  a.blocks = int(y.blocks());
+  a.blocks = Divisor(int(y.blocks()));
   a.scale = A(o.scale);
   a.window_blocks = int(o.window_blocks);
   a.weight_all_rows = o.weight_all_rows;
@@ -118,7 +118,7 @@ Args<S> arrange(const CudaStep& step, Arena& arena) {
     const int64_t parts = std::min(ceil_div(wanted, y.blocks()), std::min(most, y.block));
     const int64_t whole = std::max<int64_t>(1, tile / y.m);  // slots: no tile is cut in two
     a.unit_slots = int(std::min(y.block, ceil_div(ceil_div(y.block, parts), whole) * whole));
-    a.parts = int(ceil_div(y.block, a.unit_slots));
+    a.parts = Divisor(int(ceil_div(y.block, a.unit_slots)));
     a.bank_splits = int(std::min<int64_t>(wanted, y.blocks() * a.parts));
   }
   const int gradient_splits = split_budget(step, columns, gradient_cut, sizeof(A));
@@ -243,7 +243,7 @@ class Launcher {
 
   void score_rows() {
     if constexpr (sizeof(S) == 2)
-      if (takes_rows_mma<S>(step_)) return launch_rows_mma<S>(a_, stream_);
+      if (takes_rows_mma<S>(step_)) return launch_rows_mma<S>(a_, step_.device, stream_);
     banked_rows<S, V><<<a_.row_blocks, kRowThreads, 0, stream_>>>(a_);
   }
 
@@ -251,7 +251,7 @@ class Launcher {
     Arena arena = arena_;
     Args<S> a = a_;
     arrange_batch(step_, arena, a);
-    const int64_t rows = std::min(a.n, a.capacity), survivors = ceil_div(a.capacity, kThreads);
+    const int64_t rows = std::min<int>(a.n, a.capacity), survivors = ceil_div(a.capacity, kThreads);
     const dim3 grid(ceil_div(rows, T), ceil_div(a.strips, kWarps),
                     2 + touched_blocks(step_.layout, a.n));
     score_entries<S, V><<<grid, kThreads, 0, stream_>>>(a, Entries::batch, 0);

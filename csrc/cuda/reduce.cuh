@@ -168,7 +168,7 @@ __device__ void move_means(const Args<S>& a, int64_t at) {
   int slot = ring.head;
   for (int row = 0; row < a.n;) {
     const int b = slot / a.offset_block, before = slot - b * a.offset_block;
-    const int block_end = min((b + 1) * a.offset_block, a.capacity);
+    const int block_end = min((b + 1) * a.offset_block, int(a.capacity));
     const int end = a.n - row < block_end - slot ? slot + a.n - row : block_end;
     A* stored = a.means + (1 + b) * width + at;
     if (before == 0) a.means[(1 + a.offset_blocks) * width + at] = *stored;

@@ -23,7 +23,7 @@ struct Ring {
     if (a.capacity == 0) return;
     const int64_t h = position[0], f = position[1];
     head = h < 0 || h >= a.capacity ? 0 : int(h);
-    fill = f < 0 ? 0 : f > a.capacity ? a.capacity : int(f);
+    fill = f < 0 ? 0 : f > a.capacity ? int(a.capacity) : int(f);
   }
 
   __device__ int block() const { return head / a.block; }
@@ -31,7 +31,7 @@ struct Ring {
   __device__ int next_block() const { return (block() + 1) % a.blocks; }
   __device__ int passed_groups() const { return offset() / a.group; }  // wholly behind head
   __device__ int first_old() const { return (offset() + a.group - 1) / a.group; }  // wholly ahead
-  __device__ int block_end(int b) const { return min((b + 1) * a.block, a.capacity); }
+  __device__ int block_end(int b) const { return min((b + 1) * a.block, int(a.capacity)); }
 
   // Whole blocks in the window besides head's.
   __device__ int whole_blocks() const {
@@ -70,13 +70,13 @@ struct Ring {
   // After the batch has been written.
   __device__ Ring after() const {
     Ring next(*this);
-    next.head = int((int64_t(head) + a.n) % a.capacity);
-    next.fill = int(min(int64_t(a.capacity), int64_t(fill) + a.n));
+    next.head = (head + a.n) % a.capacity;
+    next.fill = min(int(a.capacity), fill + a.n);
     return next;
   }
   // Slots written: min(n, C) from first_slot() on, by batch rows n - count() .. n - 1.
-  __device__ int count() const { return min(a.n, a.capacity); }
-  __device__ int slot_of(int row) const { return int((int64_t(head) + row) % a.capacity); }
+  __device__ int count() const { return min(a.n, int(a.capacity)); }
+  __device__ int slot_of(int row) const { return (head + row) % a.capacity; }
   __device__ int first_slot() const { return slot_of(a.n - count()); }
   __device__ bool is_written(int slot) const {
     return (slot - first_slot() + a.capacity) % a.capacity < count();

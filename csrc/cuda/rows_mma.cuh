@@ -15,10 +15,8 @@
 
 namespace contaccum {
 
-template <class S>
+template <class S, class T>
 class BankedRowsMma {
-  using T = RowsTile;
-
  public:
   struct Shared {
     union {
@@ -288,16 +286,17 @@ class BankedRowsMma {
 };
 
 // Grid (row_blocks).
-template <class S>
+template <class S, int kColumns>
 __global__ void __launch_bounds__(kThreads, 2) banked_rows_mma(const Args<S> a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // earlier GPUs take rows.cuh
   extern __shared__ __align__(16) char dynamic[];
-  auto& shared = *reinterpret_cast<typename BankedRowsMma<S>::Shared*>(dynamic);
+  using Rows = BankedRowsMma<S, RowsTile<kColumns>>;
+  auto& shared = *reinterpret_cast<typename Rows::Shared*>(dynamic);
   const Ring<S> ring(a, a.position);
   const bool upkeep = a.incremental && batch_is_finite(a);
   double loss = 0;
-  if (int(blockIdx.x) * RowsTile::kRows < ring.fill && (upkeep || a.banked_rows))
-    loss = BankedRowsMma<S>(a, ring, shared).run(upkeep);
+  if (int(blockIdx.x) * RowsTile<kColumns>::kRows < ring.fill && (upkeep || a.banked_rows))
+    loss = Rows(a, ring, shared).run(upkeep);
   loss = warp_sum(loss);
   if (threadIdx.x % 32 == 0) shared.losses[threadIdx.x / 32] = loss;
   __syncthreads();

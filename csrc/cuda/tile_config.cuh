@@ -31,18 +31,21 @@ struct MmaTile {
   static constexpr int kSharedBytes = (sizeof(Shared) + 15) / 16 * 16;
 };
 
-// Banked rows against columns: a plain product with both operands streamed by slices of d.
+// Banked rows against columns: a plain product with both operands streamed by slices of d. More
+// columns at once read the bank's rows less often; fewer waste less on a small batch.
+template <int kColumns_>
 struct RowsTile {
-  static constexpr int kRows = 128, kColumns = 64;  // 32 registers of sums a thread; two thread
-                                                    // blocks share a processor, so that one
-                                                    // multiplies while the other sums
-  static constexpr int kWarpRows = 32, kWarpColumns = 32;  // as many matrix loads as products
-  static constexpr int kWarpsDown = kRows / kWarpRows;
+  static constexpr int kRows = 128, kColumns = kColumns_;
+  static constexpr int kWarpRows =
+      32;  // 64 registers of sums a thread with 128 columns: two thread
+  static constexpr int kWarpColumns = kColumns / 2;  // blocks share a processor, so that one
+                                                     // multiplies while the other sums
   static constexpr int kSlice = 64, kRowBytes = 2 * kSlice + 16;  // odd, in 16-byte units
-  static constexpr int kStages = 3;                  // 81 KiB: twice that is what a processor has
+  static constexpr int kStages = 3;                  // 108 KiB: twice that is what a processor has
   static constexpr int kScoreStride = kColumns + 2;  // two threads a row: distinct banks
   static constexpr int kMinOffsetBlock = 32;         // fewer slots: more runs than kRuns
   static constexpr int kRuns = kRows / kMinOffsetBlock + 2;
+  static constexpr int kWarpsDown = kRows / kWarpRows;
   static_assert(kWarpsDown * (kColumns / kWarpColumns) == kWarps, "a part for each warp");
 };
 
