@@ -82,7 +82,9 @@ class TileWalk {
       tile.for_table = a.incremental && !ring.is_direct(b);
     }
     Run run = ring.run(slot, slot_end);
-    if (!a.use_offsets && (slot >= ring.head || slot_end <= ring.head)) run.end = slot_end;
+    // A unit lies in one block: without offsets nothing but head can divide it.
+    if (kQuerySide && !a.use_offsets && (slot >= ring.head || slot_end <= ring.head))
+      run.end = slot_end;
     slot = run.end;
     tile.in_loss = run.in_window && (kQuerySide ? a.banked_columns : a.banked_rows);
     tile.mean = a.use_offsets && tile.in_loss ? run.mean : -1;
