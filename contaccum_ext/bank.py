@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from contaccum_ext import ops
+from contaccum_ext import ops, validation
 from contaccum_ext.layout import BankLayout, accumulation_dtype
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DRIFT = ("none", "mean")
-
-
-def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
-    return value
 
 
 class DualMemoryBank(nn.Module):
@@ -73,17 +64,17 @@ class DualMemoryBank(nn.Module):
         layout: BankLayout | None = None,
     ) -> None:
         super().__init__()
-        self.capacity = _count("capacity", capacity)
-        self.dim = _count("dim", dim)
-        self.passages_per_query = _count("passages_per_query", passages_per_query)
+        self.capacity = validation.count("capacity", capacity)
+        self.dim = validation.count("dim", dim)
+        self.passages_per_query = validation.count("passages_per_query", passages_per_query)
         if dtype not in _FLOATING:
             raise TypeError(f"dtype: expected one of {_FLOATING}, got {dtype}")
-        if drift not in _DRIFT:
-            raise ValueError(f"drift: expected one of {_DRIFT}, got {drift!r}")
-        if not 0 <= drift_decay < 1:
+        self.drift = validation.choice("drift", drift, _DRIFT)
+        self.drift_decay = validation.number("drift_decay", drift_decay)
+        if not 0 <= self.drift_decay < 1:
             raise ValueError(f"drift_decay: expected a number in [0, 1), got {drift_decay}")
-        self.drift, self.drift_decay = drift, float(drift_decay)
-        self.layout = layout or BankLayout.default(capacity)
+        default = BankLayout.default(capacity)
+        self.layout = validation.instance("layout", layout or default, BankLayout)
         self._window: int | None = None
         for name, (shape, kind) in self._shapes(dtype).items():
             self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
@@ -117,8 +108,14 @@ class DualMemoryBank(nn.Module):
 
     @property
     def has_ids(self) -> bool | None:
-        """Whether passages came with ids; None while the bank is empty."""
-        return self._has_ids
+        """Whether passages came with ids; None while the bank is empty (reads the device)."""
+        return self._has_ids if len(self) else None
+
+    def conflicts_with_ids(self, given: bool) -> bool:
+        """Whether a batch with (or without) ids cannot join what is in the bank."""
+        # A first batch may have been refused by the op: only when about to complain is it worth
+        # asking the device whether anything was banked.
+        return self._has_ids is not None and self._has_ids != given and len(self) > 0
 
     @property
     def use_offsets(self) -> bool:
@@ -161,9 +158,7 @@ class DualMemoryBank(nn.Module):
 
     @torch.no_grad()
     def set_offsets(self, query_offsets: Tensor, passage_offsets: Tensor) -> None:
-        """Set the offsets of every block of slots by hand (only with drift="none").
-
-        Slots enqueued later start with offset zero.
+        """Set the offsets by hand (only with drift="none"); slots enqueued later start with zero.
 
         Args:
             query_offsets: (offset blocks, d), a row for each layout.offset_block slots.
@@ -177,6 +172,7 @@ class DualMemoryBank(nn.Module):
             "passage_offsets": (passage_offsets, (blocks, self.passages_per_query, self.dim)),
         }
         for name, (tensor, shape) in wanted.items():
+            validation.instance(name, tensor, Tensor)
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
             if not torch.isfinite(tensor).all():
@@ -194,7 +190,7 @@ class DualMemoryBank(nn.Module):
 
     @window.setter
     def window(self, value: int | None) -> None:
-        self._window = None if value is None else _count("window", value)
+        self._window = None if value is None else validation.count("window", value)
 
     def effective_window(self) -> int:
         """The same as ``window`` (reads the device unless all slots are in use)."""
@@ -243,16 +239,21 @@ class DualMemoryBank(nn.Module):
         return table[:, self.slots()].T
 
     def get_extra_state(self) -> Tensor:
-        """(5,) float64: scale, has_ids, window, window summed, manual offsets; -1 for None."""
+        """(9,) float64: what is not a buffer; -1 for None."""
         has_ids = -1 if self._has_ids is None else int(self._has_ids)
         window = -1 if self._window is None else self._window
         scale = -1.0 if self._scale is None else self._scale
         state = (scale, has_ids, window, self._summed_window, int(self._manual_offsets))
-        return torch.tensor(state, dtype=torch.float64)
+        return torch.tensor((*state, *self._identity()), dtype=torch.float64)
+
+    def _identity(self) -> tuple[int, ...]:
+        """What must be the same for a state to mean the same, beside the buffers' shapes."""
+        table = self.layout
+        return (_DRIFT.index(self.drift), table.group, table.offset_block, table.block)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take what ``get_extra_state`` gave."""
-        scale, has_ids, window, summed, manual = state.tolist()
+        scale, has_ids, window, summed, manual = state[:5].tolist()
         self._scale = None if scale < 0 else scale
         self._has_ids = None if has_ids < 0 else bool(has_ids)
         self._window = None if window < 0 else int(window)
@@ -260,17 +261,21 @@ class DualMemoryBank(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, extra, errors):
         """Refuse the state of another bank before anything is copied."""
-        before = len(errors)
-        for name, (shape, dtype) in self._shapes(self.dtype).items():
-            given = state_dict.get(prefix + name)
-            if given is None:
-                errors.append(f"{prefix}{name}: expected in a DualMemoryBank's state, missing")
-            elif tuple(given.shape) != shape or given.dtype != dtype:
+        wanted = {**self._shapes(self.dtype), "_extra_state": ((9,), torch.float64)}
+        found = len(errors)
+        for name, (shape, dtype) in wanted.items():
+            given = state_dict.get(prefix + name, "missing")
+            came = given if isinstance(given, str) else type(given).__name__
+            if isinstance(given, Tensor):
                 came = f"{tuple(given.shape)} {given.dtype}"
+            if came != f"{shape} {dtype}":
                 errors.append(f"{prefix}{name}: expected {shape} {dtype}, got {came}")
-        if prefix + "_extra_state" not in state_dict:
-            errors.append(f"{prefix}_extra_state: expected in a DualMemoryBank's state, missing")
-        if len(errors) == before:
+        if len(errors) == found:
+            identity = tuple(map(int, state_dict[prefix + "_extra_state"][5:].tolist()))
+            if identity != self._identity():
+                names = f"(drift of {_DRIFT}, layout.group, layout.offset_block, layout.block)"
+                errors.append(f"{prefix}bank: expected {names} {self._identity()}, got {identity}")
+        if len(errors) == found:
             super()._load_from_state_dict(
                 state_dict, prefix, metadata, strict, missing, extra, errors
             )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from contaccum_ext import ops
+from contaccum_ext import ops, validation
 from contaccum_ext.bank import DualMemoryBank
 from contaccum_ext.layout import BankLayout
 
@@ -45,8 +43,8 @@ def contaccum_loss(
             batches always with ids or always without.
         row_weighting: "local" weights every row 1/n; "all" 1/(n + F) as in the paper.
         enqueue: put the batch into the bank (the newest slots stay if n exceeds the capacity). A
-            batch with a non-finite or overflowing representation is never enqueued, and its loss
-            is not finite.
+            batch with a representation that is not finite, or whose scaled squared norm is not, is
+            refused: the bank stays as it was, loss and gradients are NaN.
         banks: "both"; "passages": banked queries are no loss rows (pre-batch negatives); "queries":
             banked rows meet their own positive and local columns, local rows local columns only.
 
@@ -58,9 +56,9 @@ def contaccum_loss(
             The bank is then as it was, to the bit. Differentiating twice is a RuntimeError.
     """
     _check_arguments(queries, passages, bank, passage_ids)
-    scale = 1.0 / _positive("temperature", temperature)
-    _check_choice("row_weighting", row_weighting, _ROW_WEIGHTING)
-    _check_choice("banks", banks, _BANKS)
+    scale = 1.0 / validation.positive("temperature", temperature)
+    validation.choice("row_weighting", row_weighting, _ROW_WEIGHTING)
+    validation.choice("banks", banks, _BANKS)
     columns = passages.unsqueeze(1) if passages.dim() == 2 else passages
     if bank is None:
         buffers, layout, window = _no_bank(queries, columns), _NO_LAYOUT, -1
@@ -104,6 +102,9 @@ class _BankedLoss(torch.autograd.Function):
     def forward(ctx, queries, passages, *arguments):
         loss, d_queries, d_passages = ops.banked_loss_(queries, passages, *arguments)
         ctx.save_for_backward(d_queries, d_passages)
+        # Only to connect second derivatives to their error. Not saved: their values are not used,
+        # so whoever changes them in place afterwards does no harm.
+        ctx.inputs = (queries, passages)
         ctx.others = len(arguments)
         return loss
 
@@ -112,13 +113,15 @@ class _BankedLoss(torch.autograd.Function):
         wanted = zip(ctx.needs_input_grad[:2], ctx.saved_tensors, strict=True)
         grads = [saved * grad if needed else None for needed, saved in wanted]
         if torch.is_grad_enabled():  # create_graph=True
-            grads = [g if g is None else _refuse_second_derivative(g) for g in grads]
+            grads = [g if g is None else _SecondDerivative.apply(g, *ctx.inputs) for g in grads]
         return (*grads, *[None] * ctx.others)
 
 
 class _SecondDerivative(torch.autograd.Function):
+    """A gradient whose own derivative is an error instead of silently zero."""
+
     @staticmethod
-    def forward(ctx, grad):
+    def forward(ctx, grad, queries, passages):
         return grad.view_as(grad)
 
     @staticmethod
@@ -130,10 +133,6 @@ class _SecondDerivative(torch.autograd.Function):
         )
 
 
-def _refuse_second_derivative(grad: Tensor) -> Tensor:
-    return _SecondDerivative.apply(grad.detach().requires_grad_())
-
-
 def _no_bank(queries: Tensor, passages: Tensor) -> tuple[Tensor, ...]:
     """Buffers of a bank without slots, in the order of the schema."""
     shapes = _NO_LAYOUT.buffers(0, passages.shape[1], queries.shape[-1], queries.dtype)
@@ -142,8 +141,8 @@ def _no_bank(queries: Tensor, passages: Tensor) -> tuple[Tensor, ...]:
 
 def _check_arguments(queries, passages, bank, passage_ids) -> None:
     """What the op cannot say as well: kinds of object, devices, ids given sometimes."""
-    if bank is not None and not isinstance(bank, DualMemoryBank):
-        raise TypeError(f"bank: expected a DualMemoryBank or None, got {type(bank).__name__}")
+    if bank is not None:
+        validation.instance("bank", bank, DualMemoryBank)
     for name, tensor in (
         ("queries", queries),
         ("passages", passages),
@@ -151,8 +150,7 @@ def _check_arguments(queries, passages, bank, passage_ids) -> None:
     ):
         if tensor is None and name == "passage_ids":
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        validation.instance(name, tensor, Tensor)
         device = queries.device if bank is None else bank.bank_queries.device
         if tensor.device != device:
             raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
@@ -163,22 +161,9 @@ def _check_arguments(queries, passages, bank, passage_ids) -> None:
             f"passages: expected shape (n, m, d) or (n, d), got {tuple(passages.shape)}"
         )
     given = passage_ids is not None
-    if bank is not None and bank.has_ids is not None and bank.has_ids != given:
-        stored, came = ("with", "none") if bank.has_ids else ("without", "some")
+    if bank is not None and bank.conflicts_with_ids(given):
+        stored, came = ("without", "some") if given else ("with", "none")
         raise ValueError(
             f"passage_ids: expected as in the bank, which was filled {stored} ids, got {came}; "
             "clear the bank to change"
         )
-
-
-def _positive(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name}: expected a positive finite number, got {value}")
-    return float(value)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")

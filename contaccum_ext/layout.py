@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -29,7 +30,8 @@ class BankLayout:
     block: int
 
     def __post_init__(self) -> None:
-        if self.group < 1 or self.offset_block % self.group or self.block % self.offset_block:
+        chain = (1, self.group, self.offset_block, self.block)
+        if any(size < 1 or size % part for part, size in pairwise(chain)):
             raise ValueError(
                 "layout: expected group >= 1 dividing offset_block dividing block, got "
                 f"group={self.group}, offset_block={self.offset_block}, block={self.block}"

@@ -197,8 +197,11 @@ def contaccum_loss(
         per_row = per_row[:n]
     loss = per_row.sum() / (n if row_weighting == "local" else len(per_row))
 
-    if bank is not None and enqueue and _all_finite(queries, passages, storage, scale):
-        bank.enqueue(queries, passages, passage_ids)
+    if bank is not None and enqueue:
+        if _all_finite(queries, passages, storage, scale):
+            bank.enqueue(queries, passages, passage_ids)
+        else:
+            loss = loss * math.nan
     return loss.to(accumulation_dtype(storage))
 
 

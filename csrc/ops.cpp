@@ -80,9 +80,9 @@ void check_batch(const Tensor& queries, const Tensor& passages, const std::optio
 
 Layout check_bank(const Tensor& queries, const BankTensors& bank,
                   const std::vector<int64_t>& sizes) {
-  STD_TORCH_CHECK(
-      sizes.size() == 3 && sizes[0] >= 1 && sizes[1] % sizes[0] == 0 && sizes[2] % sizes[1] == 0,
-      "layout: expected [group, offset_block, block], each dividing the next");
+  STD_TORCH_CHECK(sizes.size() == 3 && sizes[0] >= 1 && sizes[1] >= 1 && sizes[2] >= 1 &&
+                      sizes[1] % sizes[0] == 0 && sizes[2] % sizes[1] == 0,
+                  "layout: expected [group, offset_block, block], each dividing the next");
   check_floating("bank_queries", bank.queries);
   check_rank("bank_queries", bank.queries, 2, "(C, d)");
   check_rank("bank_passages", bank.passages, 3, "(C, m, d)");

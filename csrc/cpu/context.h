@@ -139,6 +139,19 @@ inline ScalarLse<A> exp_and_lse(A* scores, int64_t count) {
   return r;
 }
 
+// The first `valid` lanes, or all of them where there are as many.
+template <class A>
+inline Vec<A> load_some(const A* from, int64_t valid) {
+  if (valid >= Simd<A>::lanes) return load(from);
+  Vec<A> x{};
+  std::memcpy(&x, from, valid * sizeof(A));
+  return x;
+}
+template <class A>
+inline void store_some(A* to, Vec<A> x, int64_t valid) {
+  std::memcpy(to, &x, min_(valid, Simd<A>::lanes) * sizeof(A));
+}
+
 template <class A>
 inline A sum_of(const A* x, int64_t count) {
   constexpr int64_t lanes = Simd<A>::lanes;

@@ -148,15 +148,12 @@ class PassageTask {
   // Rows [v * kLanes, ...) of the tile; the last vector may reach past the segment, so state goes
   // through a copy of the valid lanes.
   Vec<A> load_rows(const A* from, const Segment& s, int64_t v) const {
-    const int64_t at = s.begin + v * kLanes, valid = min_(kLanes, s.end - at);
-    if (valid == kLanes) return load(from + at);
-    Vec<A> x{};
-    std::memcpy(&x, from + at, valid * sizeof(A));
-    return x;
+    const int64_t at = s.begin + v * kLanes;
+    return load_some(from + at, s.end - at);
   }
   void store_rows(A* to, const Segment& s, int64_t v, Vec<A> x) const {
-    const int64_t at = s.begin + v * kLanes, valid = min_(kLanes, s.end - at);
-    std::memcpy(to + at, &x, valid * sizeof(A));
+    const int64_t at = s.begin + v * kLanes;
+    store_some(to + at, x, s.end - at);
   }
 
   Lse<A> columns_lse(const A* scores, int64_t begin, int64_t end, int64_t v) const {
@@ -204,10 +201,11 @@ class PassageTask {
     }
   }
 
-  // Bring the rows' table entries from head to next_head. See Plan for the order of things.
+  // Add the batch to the rows' table entries and lay down the groups that Plan lists. What combines
+  // entries of other blocks is left to finish_rows in row_state.h.
   void keep_table(const Segment& s, int64_t v, const Lse<A>& all_columns) {
     const Plan& plan = c_.plan;
-    const int64_t m = c_.layout.m, capacity = c_.layout.capacity, groups = c_.layout.groups();
+    const int64_t m = c_.layout.m, capacity = c_.layout.capacity;
     const bool one_piece = plan.pieces.size() == 1 && plan.count == c_.n;
     Lse<A> fresh;
     fresh.max = load_rows(c_.row(kFreshMax), s, v);
@@ -224,39 +222,18 @@ class PassageTask {
     store_rows(c_.row(kFreshMax), s, v, fresh.max);
     store_rows(c_.row(kFreshSum), s, v, fresh.sum);
 
-    const int64_t offset = plan.next_head % c_.layout.block, group = c_.layout.group;
-    const int64_t first_old = (offset + group - 1) / group;
-    Lse<A> old;
+    Vec<A> rest = splat<A>(-A(INFINITY));
     int64_t column = 0;
     for (const UpkeepGroup& g : plan.upkeep) {
       const int64_t end = column + (g.end - g.begin) * m;
-      const Lse<A> sum = columns_lse(upkeep_scores_, column, end, v);
+      const Vec<A> sum = columns_lse(upkeep_scores_, column, end, v).value();
       column = end;
       if (g.kind == UpkeepGroup::rest)
-        old = sum;
+        rest = sum;
       else
-        store_rows(c_.group_lse + g.index * capacity, s, v, sum.value());
+        store_rows(c_.group_lse + g.index * capacity, s, v, sum);
     }
-    Vec<A> base = load_rows(c_.row(kBaseLse), s, v);
-    if (plan.crosses) {
-      Lse<A> suffix;
-      for (int64_t k = groups - 1; k >= first_old; --k) {
-        A* at = c_.group_lse + k * capacity;
-        suffix.add_lse(load_rows(at, s, v));
-        store_rows(at, s, v, suffix.value());
-      }
-      Lse<A> whole;
-      for (int64_t b : plan.next_window_blocks)
-        whole.add_lse(load_rows(c_.block_lse + b * capacity, s, v));
-      base = whole.value();
-      store_rows(c_.row(kBaseLse), s, v, base);
-    }
-    if (first_old < groups) old.add_lse(load_rows(c_.group_lse + first_old * capacity, s, v));
-    store_rows(c_.row(kOldLse), s, v, old.value());
-    if (c_.options.window_blocks >= 0) old = Lse<A>{};
-    old.add_lse(base);
-    old.add(fresh.max, fresh.sum);
-    store_rows(c_.row(kRowLse), s, v, old.value());
+    store_rows(c_.row(kOldLse), s, v, rest);  // completed by finish_rows
   }
 
   const Context<A, S>& c_;

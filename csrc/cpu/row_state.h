@@ -40,18 +40,18 @@ class RowBuilder {
       if (!blocks || blocks[b]) score_block(rows, b);
   }
 
-  // Combine the entries for all blocks into the rows' log-sum-exp.
+  // Combine the rows' entries for all blocks into their log-sum-exp over the window.
   void combine(const RowSet<A>& rows) {
-    for (int64_t r = 0; r < rows.count; ++r) combine_row(rows.slots[r]);
-  }
-
-  void combine_row(int64_t slot) {
-    ScalarLse<A> lse;
-    for (int64_t b : *view_.window_blocks) lse.add_lse(c_.block_lse[b * c_.layout.capacity + slot]);
-    c_.row(kBaseLse)[slot] = lse.value();
-    lse.add(c_.row(kFreshMax)[slot], c_.row(kFreshSum)[slot]);
-    if (c_.options.window_blocks < 0) lse.add_lse(c_.row(kOldLse)[slot]);
-    c_.row(kRowLse)[slot] = lse.value();
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const int64_t slot = rows.slots[r];
+      ScalarLse<A> lse;
+      for (int64_t b : *view_.window_blocks)
+        lse.add_lse(c_.block_lse[b * c_.layout.capacity + slot]);
+      c_.row(kBaseLse)[slot] = lse.value();
+      lse.add(c_.row(kFreshMax)[slot], c_.row(kFreshSum)[slot]);
+      if (c_.options.window_blocks < 0) lse.add_lse(c_.row(kOldLse)[slot]);
+      c_.row(kRowLse)[slot] = lse.value();
+    }
   }
 
  private:
@@ -125,6 +125,62 @@ class RowBuilder {
   Buffer<A> scores_, tile_, groups_;
 };
 
+// Rows whose entries are combined together: long enough runs of memory to be read ahead of use.
+constexpr int64_t kStrip = 1024;
+
+// Combine the entries of all filled rows into their log-sum-exp over the window.
+//
+// entered: the window's whole blocks are others than last time, so they are summed anew.
+// rest: the rows come from the passage side. kOldLse holds what is left of head's own group, to be
+// completed by the groups after it; if head has entered their block, they are sums of one group
+// each and become sums from each group to the block's end.
+template <class A, class S>
+void finish_rows(const Context<A, S>& c, const RingView& view, bool entered, bool rest) {
+  constexpr int64_t lanes = Simd<A>::lanes;
+  const Layout& y = c.layout;
+  const int64_t offset = view.head % y.block, first_old = (offset + y.group - 1) / y.group;
+  for_each_task((view.fill + kStrip - 1) / kStrip, [&](int64_t task) {
+    const int64_t begin = task * kStrip, count = min_(kStrip, view.fill - begin);
+    Lse<A> sums[kStrip / lanes];
+    auto for_rows = [&](const auto& visit) {
+      for (int64_t r = 0; r < count; r += lanes) visit(sums[r / lanes], begin + r, count - r);
+    };
+    auto clear = [&] { for_rows([](Lse<A>& sum, int64_t, int64_t) { sum = Lse<A>{}; }); };
+    if (entered && rest) {
+      clear();
+      for (int64_t k = y.groups() - 1; k >= first_old; --k)
+        for_rows([&](Lse<A>& sum, int64_t row, int64_t valid) {
+          A* at = c.group_lse + k * y.capacity + row;
+          sum.add_lse(load_some(at, valid));
+          store_some(at, sum.value(), valid);
+        });
+    }
+    if (entered) {
+      clear();
+      for (int64_t b : *view.window_blocks)
+        for_rows([&](Lse<A>& sum, int64_t row, int64_t valid) {
+          sum.add_lse(load_some(c.block_lse + b * y.capacity + row, valid));
+        });
+      for_rows([&](Lse<A>& sum, int64_t row, int64_t valid) {
+        store_some(c.row(kBaseLse) + row, sum.value(), valid);
+      });
+    }
+    clear();
+    for_rows([&](Lse<A>& sum, int64_t row, int64_t valid) {
+      sum.add_lse(load_some(c.row(kOldLse) + row, valid));
+      if (rest) {
+        if (first_old < y.groups())
+          sum.add_lse(load_some(c.group_lse + first_old * y.capacity + row, valid));
+        store_some(c.row(kOldLse) + row, sum.value(), valid);
+      }
+      if (c.options.window_blocks >= 0) sum = Lse<A>{};
+      sum.add_lse(load_some(c.row(kBaseLse) + row, valid));
+      sum.add(load_some(c.row(kFreshMax) + row, valid), load_some(c.row(kFreshSum) + row, valid));
+      store_some(c.row(kRowLse) + row, sum.value(), valid);
+    });
+  });
+}
+
 // The whole table from the bank as it stands: after a change of scale, or a batch as large as the
 // bank. Time quadratic in the bank, memory of a few tiles.
 template <class A, class S>
@@ -146,18 +202,8 @@ void rebuild_table(const Context<A, S>& c, const RingView& view, bool masked) {
     }
     const RowSet<A> set{vectors, slots, masked ? positive_ids : nullptr, count};
     builder.score_blocks(set, nullptr);
-    builder.combine(set);
   });
-}
-
-// Another window: the same table, other blocks of it summed.
-template <class A, class S>
-void rebuild_window(const Context<A, S>& c, const RingView& view) {
-  for_each_task((view.fill + 1023) / 1024, [&](int64_t task) {
-    RowBuilder<A, S> builder(c, view);
-    for (int64_t slot = task * 1024; slot < min_((task + 1) * 1024, view.fill); ++slot)
-      builder.combine_row(slot);
-  });
+  finish_rows(c, view, true, false);
 }
 
 }  // namespace

@@ -116,14 +116,13 @@ template <class A>
 struct Lse {
   Vec<A> max = splat<A>(-A(INFINITY)), sum = Vec<A>{};
 
-  // exp(from - to) where "to" may be -inf (then nothing has been summed and 0 is right)
-  static Vec<A> factor(Vec<A> from, Vec<A> to) {
-    return from > -A(INFINITY) ? exp_<A>(from - to) : Vec<A>{};
-  }
   void add(Vec<A> other_max, Vec<A> other_sum) {
-    const Vec<A> both = max_(max, other_max);
-    sum = sum * factor(max, both) + other_sum * factor(other_max, both);
-    max = both;
+    // The larger maximum keeps its sum, the other's shrinks; -inf - -inf must not be taken.
+    const auto mine = max >= other_max;
+    const Vec<A> high = mine ? max : other_max, low = mine ? other_max : max;
+    const Vec<A> shrink = low > -A(INFINITY) ? exp_<A>(low - high) : Vec<A>{};
+    sum = mine ? sum + other_sum * shrink : sum * shrink + other_sum;
+    max = high;
   }
   void add_lse(Vec<A> lse) { add(lse, lse > -A(INFINITY) ? splat<A>(1) : Vec<A>{}); }
   Vec<A> value() const { return max + log_<A>(sum); }

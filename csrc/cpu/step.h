@@ -40,7 +40,7 @@ class Step {
     const bool masked = c_.masked();
     const RingView before{c_.plan.head, c_.plan.fill, &c_.plan.window_blocks};
     if (c_.options.rebuild == Rebuild::table) rebuild_table(c_, before, masked);
-    if (c_.options.rebuild == Rebuild::window) rebuild_window(c_, before);
+    if (c_.options.rebuild == Rebuild::window) finish_rows(c_, before, true, false);
 
     const bool enqueue = c_.options.enqueue && all_finite();
     const bool incremental = enqueue && !c_.plan.rebuild_after;
@@ -48,20 +48,31 @@ class Step {
     query_side(incremental ? static_cast<A*>(new_rows) : nullptr);
     passage_side(incremental);
     *loss_ = A(total_loss_ * c_.row_weight);
+    if (c_.options.enqueue && !enqueue) refuse();
     if (!enqueue) return;
     write_batch(queries, passages);
     const RingView after{c_.plan.next_head, c_.plan.next_fill, &c_.plan.next_window_blocks};
-    if (incremental)
+    if (incremental) {
+      finish_rows(c_, after, c_.plan.crosses, true);
       enter_rows(after, new_rows);
-    else
+    } else {
       rebuild_table(c_, after, masked);
+    }
     c_.cursor[0] = after.head;
     c_.cursor[1] = after.fill;
   }
 
  private:
-  // By Cauchy-Schwarz no score overflows when no scaled squared norm does. A batch that fails this
-  // gives a loss that is not finite and never enters the bank.
+  // A batch that may not enter the bank must not look sound: whoever watches the loss or, as loss
+  // scaling does, the gradients shall see it.
+  void refuse() {
+    const int64_t rows = c_.n, columns = c_.n * c_.layout.m, d = c_.layout.d;
+    *loss_ = A(NAN);
+    for (int64_t i = 0; dq_ && i < rows * d; ++i) dq_[i] = A(NAN);
+    for (int64_t i = 0; dp_ && i < columns * d; ++i) dp_[i] = A(NAN);
+  }
+
+  // By Cauchy-Schwarz no score overflows when no scaled squared norm does.
   bool all_finite() const {
     const int64_t total = c_.n * (1 + c_.layout.m);
     for (int64_t i = 0; i < total; ++i) {

@@ -1,0 +1,6 @@
+"""Comparisons as a table for the terminal and as a page for the browser."""
+
+from .html import trained_verdicts, write_report
+from .table import metric_table
+
+__all__ = ["metric_table", "trained_verdicts", "write_report"]

@@ -1,0 +1,25 @@
+"""The training loop and the methods it compares."""
+
+from contaccum_ext.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from contaccum_ext.training.config import ConfigError, TrainConfig
+from contaccum_ext.training.data import TrainingDataError
+from contaccum_ext.training.encoder import DualEncoder, Encoder, EncoderError
+from contaccum_ext.training.methods import METHODS, Method
+from contaccum_ext.training.trainer import DivergedError, Trainer, UpdateMetrics
+
+__all__ = [
+    "METHODS",
+    "Checkpoint",
+    "ConfigError",
+    "DivergedError",
+    "DualEncoder",
+    "Encoder",
+    "EncoderError",
+    "Method",
+    "TrainConfig",
+    "Trainer",
+    "TrainingDataError",
+    "UpdateMetrics",
+    "load_checkpoint",
+    "save_checkpoint",
+]

@@ -1,0 +1,78 @@
+"""AdamW parameter groups, the learning rate schedule, gradient norms and clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from contaccum_ext.training.encoder import DualEncoder
+
+
+def build_optimizer(
+    model: nn.Module, learning_rate: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW without weight decay on biases and normalisation weights (all 1-d parameters)."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+
+
+@dataclass(frozen=True)
+class LinearSchedule:
+    """Linear warm-up from 0 to the peak, then linear decay to 0 after the last update.
+
+    Args:
+        peak: highest learning rate.
+        warmup: updates with rising learning rate; update `warmup` is the first at the peak.
+        total: updates in all.
+    """
+
+    peak: float
+    warmup: int
+    total: int
+
+    def at(self, update: int) -> float:
+        """Learning rate of update `update`, counted from 0."""
+        if update < self.warmup:
+            return self.peak * (update + 1) / (self.warmup + 1)
+        return self.peak * (self.total - update) / max(1, self.total - self.warmup)
+
+
+@dataclass(frozen=True)
+class GradientNorms:
+    """L2 norms of the accumulated gradients, before clipping."""
+
+    query: float
+    passage: float | None  # None with one shared encoder
+
+    @property
+    def ratio(self) -> float | None:
+        """Passage encoder's norm over the query encoder's; near 1 when training is balanced."""
+        if self.passage is None or self.query == 0:
+            return None
+        return self.passage / self.query
+
+
+def clip_gradients(model: DualEncoder, max_norm: float) -> GradientNorms:
+    """Measure each encoder's gradient norm and clip both together to `max_norm`."""
+    query = _norm(model.query.parameters())
+    passage = None if model.shared else _norm(model.passage.parameters())
+    total = query if passage is None else torch.hypot(query, passage)
+    nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, total)
+    return GradientNorms(query.item(), None if passage is None else passage.item())
+
+
+def _norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def warmup_updates(total: int, ratio: float) -> int:
+    """Updates of warm-up for a run of `total`, rounded down."""
+    return math.floor(total * ratio)

@@ -1,0 +1,227 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from contaccum_ext.training.checkpoint import FINAL, Checkpoint, intermediate_path, save_checkpoint
+from contaccum_ext.training.config import TrainConfig, bank_warnings
+from contaccum_ext.training.data import Batch, Collator, Draw, Sampler
+from contaccum_ext.training.encoder import DualEncoder
+from contaccum_ext.training.methods import METHODS
+from contaccum_ext.training.optimization import (
+    LinearSchedule,
+    build_optimizer,
+    clip_gradients,
+    warmup_updates,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from contaccum_ext.datasets.base import RetrievalDataset
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class UpdateMetrics:
+    """One line of metrics.jsonl."""
+
+    update: int  # counted from 1
+    loss: float  # of the method; comparable within a method only
+    in_batch_loss: float  # over groups of n without a bank; comparable between methods
+    learning_rate: float
+    grad_norm_query: float
+    grad_norm_passage: float | None  # None with a shared encoder
+    grad_norm_ratio: float | None  # passage / query
+    queries_per_second: float
+    bank_filled: int  # slots
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer a number; the weights are still those before the update."""
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class Trainer:
+    """Trains a dual encoder with one of the methods.
+
+    Args:
+        model: trained in place.
+        tokenizer: for queries and passages.
+        dataset: its train part is trained on.
+        config: all settings.
+        output: directory for metrics.jsonl and the checkpoints.
+
+    Raises:
+        TrainingDataError: the data set does not fit the settings.
+    """
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        tokenizer: PreTrainedTokenizerBase,
+        dataset: RetrievalDataset,
+        config: TrainConfig,
+        output: str | Path,
+    ) -> None:
+        seed_everything(config.seed)
+        self.device = resolve_device(config.device)
+        self.model = model.to(self.device)
+        self.tokenizer = tokenizer
+        self.config = config
+        self.output = Path(output)
+        self.sampler = Sampler(dataset, config)
+        self.collate = Collator(tokenizer, dataset.corpus, config)
+        self.method = METHODS[config.method](
+            config, model.query.dim, len(dataset.train), self.device
+        )
+        self.total = config.max_updates or config.epochs * self.sampler.updates_per_epoch
+        self.schedule = LinearSchedule(
+            config.learning_rate, warmup_updates(self.total, config.warmup_ratio), self.total
+        )
+        self.optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
+        self.done = 0  # updates
+        if self.method.bank is not None:
+            for message in bank_warnings(config, self.method.bank.capacity):
+                warnings.warn(message, stacklevel=2)
+
+    def train(self, progress: bool = True) -> list[UpdateMetrics]:
+        """Run the remaining updates and write the final checkpoint.
+
+        Args:
+            progress: show a progress bar.
+
+        Returns:
+            The metrics of each update run, as written to metrics.jsonl.
+        """
+        self.model.train()
+        history = []
+        bar = tqdm(
+            total=self.total,
+            initial=self.done,
+            desc=self.config.method,
+            unit="update",
+            mininterval=0.5,
+            disable=not progress,
+        )
+        with bar, self._open_log() as log:
+            while self.done < self.total:
+                metrics = self.update()
+                history.append(metrics)
+                log.write(json.dumps(asdict(metrics)) + "\n")
+                log.flush()
+                bar.set_postfix_str(
+                    f"loss {metrics.in_batch_loss:.3f}, lr {metrics.learning_rate:.1e}, "
+                    f"{metrics.queries_per_second:.0f} queries/s",
+                    refresh=False,
+                )
+                bar.update()
+                every = self.config.checkpoint_every
+                if every and self.done % every == 0 and self.done < self.total:
+                    self._save(intermediate_path(self.output, self.done), self.state_dict())
+        self._save(self.output / FINAL)
+        return history
+
+    def update(self) -> UpdateMetrics:
+        """One optimizer update over n*K examples.
+
+        Raises:
+            DivergedError: loss or gradient is not finite; the weights are left as they were.
+        """
+        started = time.perf_counter()
+        draws = self.sampler.update(self.done)
+        learning_rate = self.schedule.at(self.done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, in_batch_loss = self.method.accumulate(self._encode, self._micro_batches(draws))
+        norms = clip_gradients(self.model, self.config.max_grad_norm)
+        if not math.isfinite(loss + norms.query + (norms.passage or 0.0)):
+            raise DivergedError(
+                f"update {self.done + 1}: the loss is {loss}, its gradient norm {norms.query}; "
+                f"lower learning_rate, or raise temperature"
+            )
+        self.optimizer.step()
+        self.done += 1
+
+        return UpdateMetrics(
+            update=self.done,
+            loss=loss,
+            in_batch_loss=in_batch_loss,
+            learning_rate=learning_rate,
+            grad_norm_query=norms.query,
+            grad_norm_passage=norms.passage,
+            grad_norm_ratio=norms.ratio,
+            queries_per_second=len(draws) / (time.perf_counter() - started),
+            bank_filled=0 if self.method.bank is None else len(self.method.bank),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the weights."""
+        bank = self.method.bank
+        return {
+            "updates": self.done,
+            "optimizer": self.optimizer.state_dict(),
+            "bank": None if bank is None else bank.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as if never stopped; the model must hold the weights saved with the state."""
+        self.done = state["updates"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.method.bank is not None:
+            self.method.bank.load_state_dict(state["bank"])
+        torch.set_rng_state(state["random"])
+
+    def _micro_batches(self, draws: Sequence[Draw]) -> list[Batch]:
+        size = self.method.micro_batch_size(self.config)
+        return [
+            self.collate(draws[start : start + size]).to(self.device)
+            for start in range(0, len(draws), size)
+        ]
+
+    def _encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+            return self.model(batch)
+
+    def _open_log(self) -> TextIO:
+        """metrics.jsonl with the lines of the updates already done, and no later ones."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        path = self.output / METRICS_FILE
+        kept = path.read_text().splitlines(keepends=True)[: self.done] if path.exists() else []
+        log = path.open("w", encoding="utf-8")
+        log.writelines(kept)
+        return log
+
+    def _save(self, path: Path, state: dict[str, Any] | None = None) -> None:
+        save_checkpoint(Checkpoint(self.model, self.tokenizer, self.config, self.done, path), state)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a `device` setting; auto takes CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)

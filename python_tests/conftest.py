@@ -1,0 +1,51 @@
+"""Settings that every test file shares: no network, few threads, hypothesis profiles, devices."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports transformers: a test that would download fails at once instead.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import contaccum_ext  # noqa: F401  (registers the operator that `device` asks about)
+
+# A thread pool on tensors this small only waits for itself: 10 times slower on a busy machine.
+# Tests of threading ask for more.
+torch.set_num_threads(1)
+
+# No deadline: the first call of a compiled kernel, or a busy neighbour, is no failure.
+# `ci` draws the same examples every time; `thorough` draws new ones and many more.
+settings.register_profile("ci", derandomize=True, deadline=None, database=None, max_examples=100)
+settings.register_profile(
+    "thorough",
+    deadline=None,
+    max_examples=2000,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def _why_not(device: str) -> str | None:
+    """The reason why tests cannot run on a device, or None."""
+    if device == "cpu":
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("contaccum_ext::banked_loss_", "CUDA"):
+        return "built without the CUDA kernel"
+    return None
+
+
+@pytest.fixture(scope="session", params=["cpu", "cuda"])
+def device(request) -> str:
+    """Where tensors live; session scope, because hypothesis re-uses it over many examples."""
+    reason = _why_not(request.param)
+    if reason:
+        pytest.skip(reason)
+    return request.param

@@ -1,0 +1,30 @@
+"""The examples run, and their settings are settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from contaccum_ext.training import TrainConfig
+from contaccum_ext.training.config import read_yaml
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def test_own_loop_runs(capsys):
+    source = (EXAMPLES / "own_loop.py").read_text(encoding="utf-8")
+    assert "UPDATES = 400" in source
+    names: dict[str, object] = {"__name__": "__main__"}
+    exec(compile(source.replace("UPDATES = 400", "UPDATES = 3"), "own_loop.py", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "Recall@20 before training: 0." in printed
+    assert "Recall@20 after training: 0." in printed
+    assert len(names["bank"]) == 3 * 4 * 8
+
+
+def test_settings_are_read_and_are_the_defaults_they_claim():
+    config = TrainConfig.from_mapping(read_yaml(EXAMPLES / "settings.yaml"))
+    assert config.bank_capacity(10**6) == 1024
+    assert config.learning_rate == pytest.approx(5e-5)
+    assert config.update_size == 128

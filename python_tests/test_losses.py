@@ -1,0 +1,98 @@
+"""ContAccumLoss: the function with a bank of its own, which eval mode leaves alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_op_refusals import assert_same_state, state
+
+import contaccum_ext as ca
+
+OPTIONS = [
+    {},
+    {"temperature": 0.05, "row_weighting": "all"},
+    {"drift": "mean", "dtype": torch.bfloat16},
+]
+
+
+def batches(device, count: int, m: int = 2, d: int = 6):
+    torch.manual_seed(0)
+    for step in range(count):
+        n = 1 + step % 4
+        q = torch.randn(n, d, device=device, requires_grad=True)
+        p = torch.randn(n, m, d, device=device, requires_grad=True)
+        yield q, p, torch.randint(0, 9, (n, m), device=device)
+
+
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_training_equals_the_function(device, options, ids):
+    loss_fn = ca.ContAccumLoss(7, 6, 2, device=device, **options).train()
+    dtype, drift = options.get("dtype", torch.float32), options.get("drift", "none")
+    bank = ca.DualMemoryBank(7, 6, 2, dtype, device, drift)
+    weighting, tau = options.get("row_weighting", "local"), options.get("temperature", 1.0)
+    for q, p, given in batches(device, 8):
+        given = given if ids else None
+        got = loss_fn(q, p, given)
+        expected = ca.contaccum_loss(q, p, bank, tau, given, weighting)
+        assert torch.equal(got, expected)
+        for a, b in zip(*(torch.autograd.grad(x, (q, p)) for x in (got, expected)), strict=True):
+            assert torch.equal(a, b)
+    assert_same_state(loss_fn.bank, state(bank))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_evaluation_neither_reads_nor_writes_the_bank(device, options):
+    loss_fn = ca.ContAccumLoss(7, 6, 2, device=device, **options)
+    empty = ca.ContAccumLoss(7, 6, 2, device=device, **options).eval()
+    for q, p, _ in batches(device, 5):
+        loss_fn.train()(q, p)
+    before = state(loss_fn.bank)
+    versions = [buffer._version for buffer in loss_fn.buffers()]
+    for q, p, ids in batches(device, 5):
+        for given in (None, ids):  # ids or none, whatever the bank has
+            loss = loss_fn.eval()(q, p, given)
+            assert torch.equal(loss, empty(q, p, given))  # the same for any bank: not read
+            weighting = options.get("row_weighting", "local")
+            tau = options.get("temperature", 1.0)
+            assert torch.equal(loss, ca.contaccum_loss(q, p, None, tau, given, weighting))
+    assert_same_state(loss_fn.bank, before)
+    assert versions == [buffer._version for buffer in loss_fn.buffers()]
+
+
+def test_evaluation_between_steps_changes_no_step(device):
+    plain, disturbed = (ca.ContAccumLoss(7, 6, 2, device=device) for _ in range(2))
+    for (q, p, _), (other_q, other_p, _) in zip(
+        batches(device, 8), reversed(list(batches(device, 8))), strict=True
+    ):
+        with torch.no_grad():
+            disturbed.eval()(other_q, other_p)
+        assert torch.equal(disturbed.train()(q, p), plain(q, p))
+
+
+def test_state_dict_round_trip(device):
+    source = ca.ContAccumLoss(7, 6, 2, device=device, drift="mean")
+    target = ca.ContAccumLoss(7, 6, 2, device=device, drift="mean")
+    steps = list(batches(device, 8))
+    for q, p, _ in steps[:4]:
+        source(q, p)
+    assert all(key.startswith("bank.") for key in source.state_dict())
+    target.load_state_dict(source.state_dict())
+    for q, p, _ in steps[4:]:
+        assert torch.equal(target(q, p), source(q, p))
+    assert_same_state(target.bank, state(source.bank))
+
+
+def test_it_has_no_parameters_and_its_bank_moves_with_it(device):
+    loss_fn = ca.ContAccumLoss(7, 6, device=device)
+    assert not list(loss_fn.parameters())
+    assert loss_fn.bank.capacity == 7 and loss_fn.bank.dim == 6
+    assert loss_fn.half().bank.dtype == torch.float16
+    assert isinstance(loss_fn.bank.block_lse, torch.Tensor)
+    assert loss_fn.bank.block_lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["capacity", "dim", "passages_per_query"])
+def test_bad_sizes_are_refused(name):
+    with pytest.raises(ValueError, match=name):
+        ca.ContAccumLoss(**{"capacity": 4, "dim": 4, "passages_per_query": 1, name: 0})

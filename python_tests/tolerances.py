@@ -1,0 +1,163 @@
+"""How far a result may be from the float64 oracle. Every bound of the tests is derived here.
+
+The rule, for a result r of the op, t of plain PyTorch in the same precision and x of the float64
+oracle:
+
+    |r - x| <= 2 |t - x| + atol                                                    (elementwise)
+
+atol is what the op's own arithmetic may add. None of it was fitted to what the op happens to do.
+Notation: u the unit roundoff of the accumulation type (half its eps), d, n, m, F as everywhere,
+R = n + F rows, N = R m columns, X the largest norm of a vector (offset included), S = scale X^2 the
+largest |score| (Cauchy-Schwarz), w the row weight.
+
+- A sum of k terms, roundings taken as independent: relative error g(k) = 6 sqrt(k) u, against the
+  sum of magnitudes, exceeded with probability below 2k exp(-18) (Higham and Mary 2019, "A new
+  approach to probabilistic rounding error analysis").
+- Score: a dot product of d terms, one product with the scale, one sum with the offset's part:
+      e_s = g(d + 3) S
+- Offsets: the running mean is a mean of n terms, then a decaying average that forgets 0.1 a step,
+  so that rounding errors add up to at most 10 times one step's three roundings. A block of k slots
+  keeps the average of at most k such means, updated with three roundings each. In all
+      e_mean = (g(n + 3 k) + 30 u) X, which moves a score by scale X e_mean. Added to e_s.
+- Log-sum-exp: arguments of exp are differences of magnitude 2 S, rounded once (2 u S); exp within
+  4 u; each of up to N terms takes one product and one sum, 5 g(N). Partial log-sum-exps are stored
+  rounded, at magnitude L = S + log N, on the way group, block, base, row, and again when finished:
+  at most 6 times.
+      e_lse = e_s + 2 u S + 4 u + 5 g(N) + 6 u L
+- Loss: a sum over rows of lse - score, in float64, rounded at the end:
+      R w (e_lse + e_s + 2 u L) + u |loss|
+- Probability: exp(score - lse), relative
+      e_P = e_s + e_lse + 2 u S + 4 u
+- dq = scale w (sum_j P_j column_j - p), sum_j P_j = 1; V the largest component, or the largest norm
+  X when the error of a whole row is meant:
+      scale w ((e_P + g(N) + 4 u) V + e_mean)
+- dp = scale w (sum_i P_i row_i - q): the same with a mass of at most R:
+      scale w R ((e_P + g(R) + 4 u) V + e_mean)
+- A gradient returned in a narrower type is rounded once more: u_in |x| + half its smallest
+  subnormal.
+
+In L2 the rows of dq are taken together (sqrt(n) times a row's bound), the columns of dp share the
+mass R (the bound is that of one column). That is sharper than what elementwise bounds imply. An
+error of relative size r in L2 turns a vector by an angle of sine at most r: cosine >=
+sqrt(1 - r^2).
+
+Where the op itself computes in float64 the oracle is no more exact than it is: both get atol.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EPS64 = torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the bounds depend on."""
+
+    n: int
+    m: int
+    d: int
+    filled: int  # banked rows in use
+    scale: float
+    norm: float  # X
+    component: float  # V
+    row_weight: float
+    averaged: int = 0  # k, the slots that share an offset; 0 where there are no offsets
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Absolute tolerances; `*_l2` for the norm of the whole tensor."""
+
+    loss: float
+    table: float
+    offset: float
+    dq: float
+    dq_l2: float
+    dp: float
+    dp_l2: float
+
+
+def bounds(s: Sizes, accumulation: torch.dtype) -> Bounds:
+    """The terms of the module's docstring, in its order."""
+    u = torch.finfo(accumulation).eps / 2
+    rows = s.n + s.filled
+    columns = rows * s.m
+    largest = s.scale * s.norm**2
+
+    def g(k: int) -> float:
+        return 6 * math.sqrt(k) * u
+
+    e_mean = (g(s.n + 3 * s.averaged) + 30 * u) * s.norm if s.averaged else 0.0
+    e_plain = g(s.d + 3) * largest
+    e_s = e_plain + s.scale * s.norm * e_mean
+    stored = largest + math.log(columns)
+    e_sum = 2 * u * largest + 4 * u + 5 * g(columns) + 6 * u * stored
+    e_lse = e_s + e_sum
+    e_p = e_s + e_lse + 2 * u * largest + 4 * u
+    unit = s.scale * s.row_weight
+    loss = rows * s.row_weight * (e_lse + e_s + 2 * u * stored)
+
+    def dq(v: float) -> float:
+        return unit * ((e_p + g(columns) + 4 * u) * v + e_mean)
+
+    def dp(v: float) -> float:
+        return unit * rows * ((e_p + g(rows) + 4 * u) * v + e_mean)
+
+    both = 2.0 if accumulation == torch.float64 else 1.0
+    return Bounds(
+        loss=both * loss,
+        table=both * (e_plain + e_sum),  # offsets never enter the table
+        offset=both * e_mean,
+        dq=both * dq(s.component),
+        dq_l2=both * math.sqrt(s.n) * dq(s.norm),
+        dp=both * dp(s.component),
+        dp_l2=both * dp(s.norm),
+    )
+
+
+def assert_loss(ours: Tensor, same: Tensor, exact: Tensor, atol: float) -> None:
+    """ours, same and exact: () losses of the op, of same-precision PyTorch, of float64."""
+    x = exact.double()
+    rounding = torch.finfo(ours.dtype).eps / 2 * x.abs()
+    allowed = 2 * (same.double() - x).abs() + atol + rounding
+    error = (ours.double() - x).abs()
+    assert error <= allowed, f"loss {ours.item()} is {error:.3g} off {x:.9g}, allowed {allowed:.3g}"
+
+
+def assert_gradient(
+    name: str, ours: Tensor, same: Tensor, exact: Tensor, atol: float, atol_l2: float
+) -> None:
+    """The rule elementwise, in relative L2, and for the direction."""
+    assert ours.shape == exact.shape, (name, ours.shape, exact.shape)
+    kind = torch.finfo(ours.dtype)
+    g, x, t = (v.detach().double().flatten() for v in (ours, exact, same))
+    rounding = kind.eps / 2 * x.abs() + kind.smallest_normal * kind.eps / 2
+    error, allowed = (g - x).abs(), 2 * (t - x).abs() + atol + rounding
+    worst = (error - allowed).argmax()
+    assert (error <= allowed).all(), (
+        f"{name}[{worst}]: {g[worst]} for {x[worst]}, off by {error[worst]:.3g}, "
+        f"allowed {allowed[worst]:.3g}"
+    )
+    size = x.norm()
+    l2 = 2 * (t - x).norm() + atol_l2 + rounding.norm()
+    assert (g - x).norm() <= l2, f"{name}: L2 error {(g - x).norm():.3g}, allowed {l2:.3g}"
+    if l2 < size:  # otherwise every direction is allowed
+        cosine = (g @ x) / (g.norm() * size)
+        # The cosine is itself three sums over all components, rounded in float64.
+        least = math.sqrt(1 - (l2 / size).item() ** 2) - 3 * 6 * math.sqrt(g.numel()) * EPS64 / 2
+        assert cosine >= least, f"{name}: cosine {cosine}, expected at least {least}"
+
+
+def assert_table(ours: Tensor, exact: Tensor, atol: float) -> None:
+    """Invariant T: empty entries are -inf on both sides, the others within atol."""
+    assert ours.shape == exact.shape, (ours.shape, exact.shape)
+    empty = exact == -math.inf
+    assert torch.equal(ours == -math.inf, empty)
+    error = (ours.double() - exact)[~empty].abs()
+    assert error.numel() == 0 or error.max() <= atol, f"table off by {error.max():.3g} > {atol:.3g}"
