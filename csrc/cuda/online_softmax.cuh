@@ -15,6 +15,11 @@ __device__ __forceinline__ A minus_infinity() {
   return -A(CUDART_INF_F);
 }
 
+template <class A>
+__device__ __forceinline__ A not_a_number() {
+  return A(CUDART_NAN_F);
+}
+
 // Sum of exp(score - max); max = -inf and sum = 0 when empty. A NaN score makes the sum NaN: it
 // must reach the loss.
 template <class A>

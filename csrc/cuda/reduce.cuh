@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) finish_queries(const Args<S> a) {
 
 // dp = scale * w * (sum over rows of P row - own query for a positive)
 template <class S>
-__device__ void finish_column(const Args<S>& a, int column, int chunk) {
+__device__ void finish_column(const Args<S>& a, int column, int chunk, bool refused) {
   using A = Acc<S>;
   const int k = chunk * kSumColumns + threadIdx.x % kSumColumns;
   const A sum = sum_splits(a, a.gradient_local + a.gradient_bank, column, a.n * a.m, k,
@@ -106,12 +106,13 @@ __device__ void finish_column(const Args<S>& a, int column, int chunk) {
   if (k >= a.d || threadIdx.x >= kSumColumns) return;
   const A own = column % a.m ? A(0) : to_acc(a.local_queries[int64_t(column / a.m) * a.d + k]);
   const A factor = A(Ring<S>(a, a.position).row_weight()) * a.scale;
-  store_as(a.output, a.d_passages, int64_t(column) * a.d + k, factor * (sum - own));
+  store_as(a.output, a.d_passages, int64_t(column) * a.d + k,
+           refused ? not_a_number<A>() : factor * (sum - own));
 }
 
 // The loss, summed in the same order whatever runs beside it; and where the ring stands now.
 template <class S>
-__device__ void finish_loss(const Args<S>& a, bool enqueue) {
+__device__ void finish_loss(const Args<S>& a, bool enqueue, bool refused) {
   using A = Acc<S>;
   __shared__ double sums[kThreads];
   double sum = 0;
@@ -124,11 +125,18 @@ __device__ void finish_loss(const Args<S>& a, bool enqueue) {
   }
   if (threadIdx.x != 0) return;
   const Ring<S> ring(a, a.position);
-  *a.loss = A(sums[0] * ring.row_weight());
+  *a.loss = refused ? not_a_number<A>() : A(sums[0] * ring.row_weight());
   if (!enqueue) return;
   const Ring<S> next = ring.after();
   a.cursor[0] = next.head;
   a.cursor[1] = next.fill;
+}
+
+template <class S>
+__device__ void refuse_row(const Args<S>& a, int row) {
+  if (!a.with_grad) return;
+  for (int k = threadIdx.x; k < a.d; k += kThreads)
+    store_as(a.output, a.d_queries, int64_t(row) * a.d + k, not_a_number<Acc<S>>());
 }
 
 // A row of the batch into its slot.
@@ -184,19 +192,22 @@ __device__ void move_means(const Args<S>& a, int64_t at) {
 template <class S>
 __global__ void __launch_bounds__(kThreads) finish_passages(const Args<S> a) {
   const bool enqueue = a.enqueue && batch_is_finite(a);
+  // A batch that may not enter the bank must not look sound: whoever watches the loss or, as loss
+  // scaling does, the gradients shall see it.
+  const bool refused = a.enqueue && !enqueue;
   int role = blockIdx.x;
-  if (role-- == 0) return finish_loss(a, enqueue);
+  if (role-- == 0) return finish_loss(a, enqueue, refused);
   if (a.enqueue) {
     const int mean_blocks = (int64_t(1 + a.m) * a.d + kThreads - 1) / kThreads;
     if (role < a.n + mean_blocks) {
+      if (role < a.n) return enqueue ? write_row(a, role) : refuse_row(a, role);
       if (!enqueue) return;
-      if (role < a.n) return write_row(a, role);
       return move_means(a, int64_t(role - a.n) * kThreads + threadIdx.x);
     }
     role -= a.n + mean_blocks;
   }
   const int chunks = (a.d + kSumColumns - 1) / kSumColumns;
-  finish_column(a, role / chunks, role % chunks);
+  finish_column(a, role / chunks, role % chunks, refused);
 }
 
 }  // namespace contaccum
