@@ -5,9 +5,8 @@
 
 namespace contaccum {
 
-// A divisor known before the kernel starts: a product and a shift in place of the twenty
-// instructions of an integer division, which had been a third of what the streaming kernels did.
-// For 0 <= x < 2^31.
+// A divisor known before the kernel starts: a product and a shift in place of an integer division,
+// which is some twenty dependent instructions. For 0 <= x < 2^31.
 class Divisor {
  public:
   Divisor() = default;

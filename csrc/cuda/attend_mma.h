@@ -29,7 +29,7 @@ bool takes_tensor_cores(const CudaStep& step) {
   return true;
 }
 
-// Below this many slots, thread blocks of 128 rows are too few, and rows.cuh is faster.
+// Below this many slots, thread blocks of 128 rows leave most of a large device idle.
 template <class S>
 bool takes_rows_mma(const CudaStep& step) {
   return takes_tensor_cores<S>(step) && step.layout.capacity >= 4096 &&

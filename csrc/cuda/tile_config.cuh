@@ -49,7 +49,7 @@ struct RowsTile {
   static_assert(kWarpsDown * (kColumns / kWarpColumns) == kWarps, "a part for each warp");
 };
 
-constexpr int kMaxStages = 3;  // more would not hide more: two tiles are in flight during a third
+constexpr int kMaxStages = 3;  // two tiles in flight during a third
 constexpr int kMmaMaxDim = 1024;
 
 }  // namespace contaccum
