@@ -9,14 +9,27 @@ version does not matter afterwards.
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 11)
+# Machine code for 7.5, 8.x and 9.0; later GPUs compile the PTX of 8.0 when they first load it.
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-gencode=arch=compute_75,code=sm_75",
+    "-gencode=arch=compute_80,code=[compute_80,sm_80]",
+    "-gencode=arch=compute_90,code=sm_90",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+]
 NO_TORCH = (
     "contaccum-ext needs torch {minimum} or newer to build, and {found}: "
     "install torch for this Python first, then run the build again with --no-build-isolation."
@@ -71,7 +84,53 @@ def build_inputs() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in files)
 
 
+def cuda_toolkit() -> Path | None:
+    """Return the directory of nvcc's toolkit, or None without nvcc."""
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        return None
+    # nvcc itself says where it lives: the program found may be a wrapper script.
+    dry = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"], capture_output=True, text=True
+    ).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", dry, re.MULTILINE)
+    return Path(top.group(1).strip()).resolve() if top else None
+
+
 cpp_extension = import_cpp_extension()
+
+
+class BuildWithKernels(cpp_extension.BuildExtension):
+    """Compiles the kernels by plain nvcc and links them in: torch need not know CUDA."""
+
+    def build_extensions(self) -> None:
+        toolkit = cuda_toolkit()
+        if toolkit is None:
+            print("contaccum-ext: no nvcc found, building for the CPU alone")
+        else:
+            self.add_kernels(self.extensions[0], toolkit)
+        super().build_extensions()
+
+    def add_kernels(self, extension: Extension, toolkit: Path) -> None:
+        folder = Path(self.build_temp).resolve() / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        sources = read_sources("cuda")
+        newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file())
+
+        def compile_one(source: str) -> str:
+            target = folder / (Path(source).stem + ".o")
+            if not target.exists() or target.stat().st_mtime < newest:
+                command = [toolkit / "bin" / "nvcc", *NVCC_FLAGS, "-c", ROOT / source, "-o", target]
+                subprocess.run(command, check=True)
+            return str(target)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            extension.extra_objects = list(pool.map(compile_one, sources))
+        extension.define_macros.append(("CONTACCUM_WITH_CUDA", "1"))
+        extension.library_dirs.append(str(toolkit / "lib64"))
+        # Static: nothing of CUDA has to be present where the module is loaded.
+        extension.libraries += ["cudart_static", "rt", "pthread", "dl"]
+
 
 extension = Extension(
     name="contaccum_ext._C",
@@ -103,6 +162,6 @@ extension = Extension(
 
 setup(
     ext_modules=[extension],
-    cmdclass={"build_ext": cpp_extension.BuildExtension},
+    cmdclass={"build_ext": BuildWithKernels},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

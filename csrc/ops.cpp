@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -14,6 +15,12 @@
 #include "checks.h"
 #include "cpu/kernels.h"
 #include "params.h"
+#ifdef CONTACCUM_WITH_CUDA
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/launch.h"
+#endif
 
 namespace contaccum {
 namespace {
@@ -22,6 +29,13 @@ namespace {
 struct BankTensors {
   const Tensor &queries, &passages, &ids, &cursor, &block_lse, &group_lse, &row_state, &means;
 };
+
+BankState state_of(const BankTensors& b) {
+  return {b.queries.mutable_data_ptr(),      b.passages.mutable_data_ptr(),
+          b.ids.mutable_data_ptr<int64_t>(), b.cursor.mutable_data_ptr<int64_t>(),
+          b.block_lse.mutable_data_ptr(),    b.group_lse.mutable_data_ptr(),
+          b.row_state.mutable_data_ptr(),    b.means.mutable_data_ptr()};
+}
 
 ScalarType accumulation(ScalarType storage) {
   return storage == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -108,6 +122,13 @@ StepKernel cpu_kernel() {
   return step_baseline;
 }
 
+void check_options(double scale, double drift_decay, int64_t rebuild) {
+  STD_TORCH_CHECK(std::isfinite(scale) && scale > 0,
+                  "scale: expected a positive finite number, got ", scale);
+  STD_TORCH_CHECK(drift_decay < 1, "drift_decay: expected a number below 1, got ", drift_decay);
+  STD_TORCH_CHECK(rebuild >= 0 && rebuild <= 2, "rebuild: expected 0, 1 or 2, got ", rebuild);
+}
+
 Tensor as_bank_dtype(const Tensor& t, ScalarType dtype) {
   return torch::stable::contiguous(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
 }
@@ -125,10 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> banked_loss_cpu(
                          block_lse,    group_lse,     row_state, means};
   const Layout y = check_bank(queries, bank, layout);
   check_batch(queries, passages, passage_ids, bank);
-  STD_TORCH_CHECK(std::isfinite(scale) && scale > 0,
-                  "scale: expected a positive finite number, got ", scale);
-  STD_TORCH_CHECK(drift_decay < 1, "drift_decay: expected a number below 1, got ", drift_decay);
-  STD_TORCH_CHECK(rebuild >= 0 && rebuild <= 2, "rebuild: expected 0, 1 or 2, got ", rebuild);
+  check_options(scale, drift_decay, rebuild);
   const int64_t* position = cursor.const_data_ptr<int64_t>();
   const int64_t head = position[0], fill = position[1];
   STD_TORCH_CHECK(fill >= 0 && fill <= y.capacity && head >= 0 &&
@@ -156,10 +174,7 @@ std::tuple<Tensor, Tensor, Tensor> banked_loss_cpu(
   Tensor dq = torch::stable::new_empty(queries, {with_grad ? n : 0, y.d}, acc);
   Tensor dp = torch::stable::new_empty(queries, {with_grad ? n : 0, y.m, y.d}, acc);
 
-  const BankState state{bank_queries.mutable_data_ptr(),      bank_passages.mutable_data_ptr(),
-                        bank_ids.mutable_data_ptr<int64_t>(), cursor.mutable_data_ptr<int64_t>(),
-                        block_lse.mutable_data_ptr(),         group_lse.mutable_data_ptr(),
-                        row_state.mutable_data_ptr(),         means.mutable_data_ptr()};
+  const BankState state = state_of(bank);
   const Batch batch{q.const_data_ptr(), p.const_data_ptr(),
                     ids ? ids->const_data_ptr<int64_t>() : nullptr, n};
   const StepOutput output{loss.mutable_data_ptr(), with_grad ? dq.mutable_data_ptr() : nullptr,
@@ -173,6 +188,88 @@ std::tuple<Tensor, Tensor, Tensor> banked_loss_cpu(
   }
   return {loss, dq, dp};
 }
+
+#ifdef CONTACCUM_WITH_CUDA
+
+// The one symbol that only a CUDA build of torch has, so it cannot be linked against: the same
+// module must load where there is no such torch. By the time this runs torch has loaded it.
+void* current_stream(int device) {
+  using Getter = AOTITorchError (*)(int32_t, void**);
+  static const Getter getter = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    if (!library) library = RTLD_DEFAULT;
+    return reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  STD_TORCH_CHECK(getter, "queries: expected a torch that is built for CUDA, found none");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(getter(device, &stream) == 0, "queries: torch gave no current stream of device ",
+                  device);
+  return stream;
+}
+
+// Asked for once.
+CudaDevice device_properties(int index) {
+  constexpr int kDevices = 64;
+  static std::once_flag once[kDevices];
+  static CudaDevice devices[kDevices];
+  STD_TORCH_CHECK(index >= 0 && index < kDevices, "queries: expected a device below ", kDevices,
+                  ", got ", index);
+  std::call_once(once[index], [&] {
+    const char* error = cuda_device(index, &devices[index]);
+    STD_TORCH_CHECK(!error, "queries: device ", index, " gave no properties: ", error);
+  });
+  return devices[index];
+}
+
+// The same on the current stream of a CUDA device. Head and fill stay there: nothing is read back.
+std::tuple<Tensor, Tensor, Tensor> banked_loss_cuda(
+    const Tensor& queries, const Tensor& passages, const std::optional<Tensor>& passage_ids,
+    const Tensor& bank_queries, const Tensor& bank_passages, const Tensor& bank_ids,
+    const Tensor& cursor, const Tensor& block_lse, const Tensor& group_lse, const Tensor& row_state,
+    const Tensor& means, const std::vector<int64_t>& layout, double scale, int64_t window_blocks,
+    bool weight_all_rows, bool banked_rows, bool banked_columns, bool use_offsets,
+    double drift_decay, bool with_grad, bool enqueue, int64_t rebuild) {
+  const BankTensors bank{bank_queries, bank_passages, bank_ids,  cursor,
+                         block_lse,    group_lse,     row_state, means};
+  const Layout y = check_bank(queries, bank, layout);
+  check_batch(queries, passages, passage_ids, bank);
+  check_options(scale, drift_decay, rebuild);
+  constexpr int64_t kLargestDim = 4096, kLargestIndex = int64_t(1) << 30;
+  const int64_t n = queries.size(0);
+  STD_TORCH_CHECK(y.d <= kLargestDim, "queries: expected d of at most ", kLargestDim,
+                  " on a CUDA device, got ", y.d);
+  STD_TORCH_CHECK(y.capacity * y.m <= kLargestIndex && n * y.m <= kLargestIndex,
+                  "passages: expected at most ", kLargestIndex, " of them on a CUDA device, got ",
+                  y.capacity * y.m, " in the bank and ", n * y.m, " in the batch");
+
+  const int index = queries.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(index);
+  const ScalarType storage = bank_queries.scalar_type(), acc = accumulation(storage);
+  const Tensor q = as_bank_dtype(queries, storage), p = as_bank_dtype(passages, storage);
+  std::optional<Tensor> ids;
+  if (passage_ids) ids = torch::stable::contiguous(*passage_ids);
+  Tensor loss = torch::stable::new_empty(queries, {}, acc);
+  Tensor dq = torch::stable::new_empty(queries, {with_grad ? n : 0, y.d});
+  Tensor dp = torch::stable::new_empty(queries, {with_grad ? n : 0, y.m, y.d});
+
+  const CudaStep step{
+      storage_of(storage),
+      storage_of(queries.scalar_type()),
+      y,
+      state_of(bank),
+      {q.const_data_ptr(), p.const_data_ptr(), ids ? ids->const_data_ptr<int64_t>() : nullptr, n},
+      {scale, window_blocks, weight_all_rows, banked_rows, banked_columns, use_offsets, drift_decay,
+       with_grad, enqueue, static_cast<Rebuild>(rebuild)},
+      {loss.mutable_data_ptr(), dq.mutable_data_ptr(), dp.mutable_data_ptr()},
+      device_properties(index)};
+  const Tensor scratch = torch::stable::new_empty(
+      queries, {static_cast<int64_t>(cuda_scratch_bytes(step))}, ScalarType::Byte);
+  const char* error = cuda_step(step, scratch.mutable_data_ptr(), current_stream(index));
+  STD_TORCH_CHECK(!error, "banked_loss_: CUDA error: ", error);
+  return {loss, dq, dp};
+}
+
+#endif  // CONTACCUM_WITH_CUDA
 
 }  // namespace
 
@@ -197,6 +294,17 @@ STABLE_TORCH_LIBRARY(contaccum_ext, m) {
 STABLE_TORCH_LIBRARY_IMPL(contaccum_ext, CPU, m) {
   m.impl("banked_loss_", TORCH_BOX(&contaccum::banked_loss_cpu));
 }
+
+#ifdef CONTACCUM_WITH_CUDA
+// For tests and benchmarks: which of the two implementations runs where both could.
+extern "C" __attribute__((visibility("default"))) void contaccum_allow_tensor_cores(int allow) {
+  contaccum::cuda_allow_tensor_cores(allow != 0);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(contaccum_ext, CUDA, m) {
+  m.impl("banked_loss_", TORCH_BOX(&contaccum::banked_loss_cuda));
+}
+#endif
 
 // An empty module: importing it runs the registrations above.
 PyMODINIT_FUNC PyInit__C() {

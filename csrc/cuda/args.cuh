@@ -1,0 +1,109 @@
+// The argument that all kernels of a step share, passed by value.
+#pragma once
+
+#include "number.cuh"
+
+namespace contaccum {
+
+// A divisor known before the kernel starts: a product and a shift in place of an integer division,
+// which is some twenty dependent instructions. For 0 <= x < 2^31.
+class Divisor {
+ public:
+  Divisor() = default;
+  explicit Divisor(int value) : value_(value) {
+    while ((int64_t(1) << shift_) < value) ++shift_;
+    factor_ =
+        value < 1 ? 0 : uint32_t((uint64_t((int64_t(1) << shift_) - value) << 32) / value + 1);
+  }
+  __host__ __device__ operator int() const { return value_; }
+  friend __device__ __forceinline__ int operator/(int x, const Divisor& by) {
+    return int((__umulhi(uint32_t(x), by.factor_) + uint32_t(x)) >> by.shift_);
+  }
+  friend __device__ __forceinline__ int operator%(int x, const Divisor& by) {
+    return x - x / by * by.value_;
+  }
+
+ private:
+  int value_ = 0, shift_ = 0;
+  uint32_t factor_ = 0;
+};
+
+template <class S>
+struct Args {
+  using A = Acc<S>;
+
+  // Sizes. Slots and flat columns (slot * m + k) fit an int; ops.cpp has checked that.
+  int n, d;
+  Divisor m, capacity;
+  Divisor group, offset_block, block;
+  int groups, offset_blocks;
+  Divisor blocks;
+
+  // Options.
+  A scale;
+  int window_blocks;  // -1 for every slot
+  bool weight_all_rows, banked_rows, banked_columns, use_offsets, with_grad;
+  bool enqueue;      // the batch is written, unless it is not finite
+  bool incremental;  // ... and the table is kept rather than rebuilt
+  A drift_decay;     // negative: the running mean is not tracked
+
+  // The bank; see BankState.
+  S* queries;       // (C, d)
+  S* passages;      // (C, m, d)
+  int64_t* ids;     // (C, m)
+  int64_t* cursor;  // (2): head, fill
+  A* block_lse;     // (blocks, C)
+  A* group_lse;     // (groups, C)
+  A* row_state;     // (kRowStates, C)
+  A* means;         // (2 + offset_blocks, 1 + m, d)
+
+  // The batch.
+  const S* local_queries;    // (n, d)
+  const S* local_passages;   // (n, m, d)
+  const int64_t* local_ids;  // (n, m) or null
+
+  // Scratch, how the work is split, and the output.
+  int local_splits, bank_splits;      // of the query side: over local columns, over units
+  int gradient_local, gradient_bank;  // splits of the passage side: over local, over banked rows
+  Divisor parts;
+  int unit_slots;  // a block is cut into `parts` units; a unit's log-sum-exp is never split
+  int strips, strip_groups;  // groups of a block that one warp scores for a new row
+  int row_blocks;            // thread blocks of the kernel over banked rows
+  int rebuild_rows;          // rows rebuilt at once
+  int64_t* position;  // (2) copy of cursor: the kernel that moves it must not also be read from
+  int* not_finite;    // (n)
+  A* part_max;        // (splits, n)
+  A* part_sum;        // (splits, n)
+  A* part_out;        // (splits, n, d) or (splits, n * m, d): one after the other
+  A* unit_lse;        // (units, n): local rows over banked columns, the new rows' table entries
+  A* local_lse;       // (n)
+  A* row_lse;         // (C): banked rows, local columns included
+  double* losses;     // (n + row_blocks)
+  A* group_part;      // (2, groups + 1, rows): new rows over the groups of head's block and the
+                      // next; the last entry is what of a group head has yet to overwrite
+  A* strip_part;      // (blocks, strips, rows): over the strips of other blocks
+  A* loss;            // ()
+  void* d_queries;    // (n, d)
+  void* d_passages;   // (n, m, d)
+  Storage output;     // dtype of the two
+
+  __device__ A* row(RowState which) const { return row_state + int64_t(which) * capacity; }
+  __device__ const A* mean(int index, int kind) const {
+    return means + (int64_t(index) * (1 + m) + kind) * d;
+  }
+  __device__ bool masked() const { return local_ids != nullptr; }
+};
+
+// Dimensions of a thread block of the kernels that stream vectors.
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kMaxDim = 4096;
+constexpr int kMaxSplits = 512;  // of the query side: their weights are held in shared memory
+
+// A warp scores kTileRows<A> bank vectors against kLocals<A> local ones: one score a lane.
+template <class A>
+constexpr int kLocals = sizeof(A) == 8 ? 4 : 8;  // doubles: half, or the sums do not fit registers
+template <class A>
+constexpr int kTileRows = 32 / kLocals<A>;
+
+}  // namespace contaccum

@@ -1,0 +1,47 @@
+// When tensor cores are used, and the launch of attend_mma.cuh, compiled apart.
+#pragma once
+
+#include "args.cuh"
+#include "launch.h"
+
+namespace contaccum {
+
+inline int64_t ceil_div(int64_t x, int64_t unit) { return (x + unit - 1) / unit; }
+
+constexpr int64_t kMmaBankTile = 32;  // MmaTile::kBank, for those who do not see the kernels
+
+bool tensor_cores_allowed();
+
+// Local vectors of a thread block, in eights.
+inline int mma_n_tiles(int64_t d, int64_t locals) {
+  const int most = d <= 768 ? 4 : 2;
+  return locals <= 8 ? 1 : locals <= 16 ? 2 : most;
+}
+
+template <class S>
+bool takes_tensor_cores(const CudaStep& step) {
+  if (sizeof(S) != 2 || step.layout.d % 8 != 0 || step.layout.d > 1024) return false;
+  if (step.device.compute_capability < 80 || !tensor_cores_allowed()) return false;
+  const void* used[] = {step.batch.queries, step.batch.passages, step.state.queries,
+                        step.state.passages};
+  for (const void* p : used)
+    if (reinterpret_cast<uintptr_t>(p) % 16 != 0) return false;
+  return true;
+}
+
+// Below this many slots, thread blocks of 128 rows leave most of a large device idle.
+template <class S>
+bool takes_rows_mma(const CudaStep& step) {
+  return takes_tensor_cores<S>(step) && step.layout.capacity >= 4096 &&
+         step.layout.offset_block >= 32;
+}
+constexpr int kRowsMma = 128;  // RowsTile::kRows
+
+template <class S>
+void launch_rows_mma(const Args<S>& a, const CudaDevice& device, cudaStream_t stream);
+
+template <class S>
+void launch_attend_mma(const Args<S>& a, const CudaDevice& device, bool queries, int splits,
+                       cudaStream_t stream);
+
+}  // namespace contaccum

@@ -1,0 +1,73 @@
+// By storage type; one file each, so that they compile side by side.
+#include <cuda_runtime.h>
+
+#include <atomic>
+
+#include "launch.h"
+#include "number.cuh"
+
+namespace contaccum {
+
+template <class S>
+size_t scratch_bytes(const CudaStep& step);
+template <class S>
+void launch_step(const CudaStep& step, void* scratch, cudaStream_t stream);
+
+namespace {
+std::atomic<bool> tensor_cores{true};
+}
+bool tensor_cores_allowed() { return tensor_cores; }
+void cuda_allow_tensor_cores(bool allow) { tensor_cores = allow; }
+
+size_t cuda_scratch_bytes(const CudaStep& step) {
+  switch (step.storage) {
+    case Storage::f32:
+      return scratch_bytes<float>(step);
+    case Storage::f64:
+      return scratch_bytes<double>(step);
+    case Storage::bf16:
+      return scratch_bytes<Bf16>(step);
+    case Storage::f16:
+      return scratch_bytes<F16>(step);
+  }
+  return 0;
+}
+
+const char* cuda_step(const CudaStep& step, void* scratch, void* stream) {
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  switch (step.storage) {
+    case Storage::f32:
+      launch_step<float>(step, scratch, s);
+      break;
+    case Storage::f64:
+      launch_step<double>(step, scratch, s);
+      break;
+    case Storage::bf16:
+      launch_step<Bf16>(step, scratch, s);
+      break;
+    case Storage::f16:
+      launch_step<F16>(step, scratch, s);
+      break;
+  }
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+const char* cuda_device(int index, CudaDevice* device) {
+  int major = 0, minor = 0;
+  const struct {
+    cudaDeviceAttr attribute;
+    int* value;
+  } wanted[] = {{cudaDevAttrMultiProcessorCount, &device->multiprocessors},
+                {cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_bytes},
+                {cudaDevAttrComputeCapabilityMajor, &major},
+                {cudaDevAttrComputeCapabilityMinor, &minor}};
+  for (const auto& w : wanted) {
+    const cudaError_t error = cudaDeviceGetAttribute(w.value, w.attribute, index);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+  }
+  device->compute_capability = 10 * major + minor;
+  return nullptr;
+}
+
+}  // namespace contaccum

@@ -1,0 +1,9 @@
+// The kernels for f32 banks.
+#include "launch_step.cuh"
+
+namespace contaccum {
+
+template size_t scratch_bytes<float>(const CudaStep&);
+template void launch_step<float>(const CudaStep&, void*, cudaStream_t);
+
+}  // namespace contaccum

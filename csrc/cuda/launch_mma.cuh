@@ -1,0 +1,77 @@
+// Launches of the tensor-core kernels.
+#pragma once
+
+#include <algorithm>
+
+#include "attend_mma.cuh"
+#include "attend_mma.h"
+#include "rows_mma.cuh"
+
+namespace contaccum {
+
+template <class S, bool kQuerySide, int MT, int NT>
+void launch_tile(const Args<S>& a, const CudaDevice& device, int splits, cudaStream_t stream) {
+  using Tile = MmaTile<MT, NT>;
+  static_assert(Tile::kBank == kMmaBankTile, "the split of the work counts tiles");
+  const int room = (device.shared_bytes - Tile::kSharedBytes) / Tile::kStageBytes;
+  const int stages = std::max(1, std::min(room, kMaxStages));
+  const int bytes = Tile::kSharedBytes + stages * Tile::kStageBytes;
+  const auto kernel = attend_mma<S, kQuerySide, MT, NT>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const int locals = kQuerySide ? a.n : a.n * a.m;
+  kernel<<<dim3(splits, ceil_div(locals, Tile::kLocal)), kThreads, bytes, stream>>>(a, stages);
+}
+
+template <class S, bool kQuerySide, int MT>
+void launch_slices(const Args<S>& a, const CudaDevice& device, int splits, cudaStream_t stream) {
+  switch (mma_n_tiles(a.d, kQuerySide ? a.n : a.n * a.m)) {
+    case 1:
+      return launch_tile<S, kQuerySide, MT, 1>(a, device, splits, stream);
+    case 2:
+      return launch_tile<S, kQuerySide, MT, 2>(a, device, splits, stream);
+    default:
+      if constexpr (MT <= 6) launch_tile<S, kQuerySide, MT, 4>(a, device, splits, stream);
+  }
+}
+
+template <class S, bool kQuerySide>
+void launch_side(const Args<S>& a, const CudaDevice& device, int splits, cudaStream_t stream) {
+  if (a.d <= 384)
+    launch_slices<S, kQuerySide, 3>(a, device, splits, stream);
+  else if (a.d <= 768)
+    launch_slices<S, kQuerySide, 6>(a, device, splits, stream);
+  else
+    launch_slices<S, kQuerySide, 8>(a, device, splits, stream);
+}
+
+template <class S>
+void launch_attend_mma(const Args<S>& a, const CudaDevice& device, bool queries, int splits,
+                       cudaStream_t stream) {
+  if (queries)
+    launch_side<S, true>(a, device, splits, stream);
+  else
+    launch_side<S, false>(a, device, splits, stream);
+}
+
+template <class S, int kColumns>
+void launch_rows(const Args<S>& a, cudaStream_t stream) {
+  using Tile = RowsTile<kColumns>;
+  static_assert(Tile::kRows == kRowsMma && Tile::kMinOffsetBlock == 32, "takes_rows_mma() says so");
+  constexpr int bytes = sizeof(typename BankedRowsMma<S, Tile>::Shared);
+  const auto kernel = banked_rows_mma<S, kColumns>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  kernel<<<a.row_blocks, kThreads, bytes, stream>>>(a);
+}
+
+template <class S>
+void launch_rows_mma(const Args<S>& a, const CudaDevice& device, cudaStream_t stream) {
+  // 128 columns do not fit the shared memory of the smaller chips.
+  const bool wide = a.n * a.m > 64 && sizeof(typename BankedRowsMma<S, RowsTile<128>>::Shared) <=
+                                          size_t(device.shared_bytes);
+  if (wide)
+    launch_rows<S, 128>(a, stream);
+  else
+    launch_rows<S, 64>(a, stream);
+}
+
+}  // namespace contaccum

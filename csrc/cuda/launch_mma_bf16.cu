@@ -1,0 +1,10 @@
+// The tensor-core kernels for bf16 banks.
+#include "launch_mma.cuh"
+
+namespace contaccum {
+
+template void launch_attend_mma<Bf16>(const Args<Bf16>&, const CudaDevice&, bool, int,
+                                      cudaStream_t);
+template void launch_rows_mma<Bf16>(const Args<Bf16>&, const CudaDevice&, cudaStream_t);
+
+}  // namespace contaccum

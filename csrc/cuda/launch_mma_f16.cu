@@ -1,0 +1,9 @@
+// The tensor-core kernels for f16 banks.
+#include "launch_mma.cuh"
+
+namespace contaccum {
+
+template void launch_attend_mma<F16>(const Args<F16>&, const CudaDevice&, bool, int, cudaStream_t);
+template void launch_rows_mma<F16>(const Args<F16>&, const CudaDevice&, cudaStream_t);
+
+}  // namespace contaccum

@@ -1,0 +1,298 @@
+// One step for one storage type: how the work is split, where its scratch memory lies, and the
+// kernels in order. Everything here depends on shapes, options and the device, never on data, so
+// that a captured graph may be replayed.
+#pragma once
+
+#include <algorithm>
+
+#include "attend.cuh"
+#include "attend_mma.h"
+#include "entries.cuh"
+#include "launch.h"
+#include "reduce.cuh"
+#include "rows.cuh"
+
+namespace contaccum {
+
+// Scratch memory in the order in which it is asked for; with a null base only its size counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    const size_t at = size_;
+    size_ += ceil_div(count * sizeof(T), 256) * 256;
+    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
+  }
+  size_t size() const { return size_; }
+
+ private:
+  char* base_;
+  size_t size_ = 0;
+};
+
+constexpr int64_t kPartialBytes = 14 << 20;  // of part_out where more than one split is worth it
+constexpr int64_t kEntryBytes = 2 << 20;     // of strip_part, and of the rows of a rebuild
+constexpr int kBlocksPerProcessor = 2;       // thread blocks of a streaming kernel that fit at once
+
+// How one streaming pass is cut.
+struct Cut {
+  int64_t locals;  // local vectors of a thread block
+  int64_t tile;    // bank vectors that it reads at once
+  int64_t blocks;  // thread blocks that fit the device at once
+};
+
+template <class S>
+Cut cut_for(const CudaStep& step, int64_t locals) {
+  if (takes_tensor_cores<S>(step))
+    return {8 * mma_n_tiles(step.layout.d, locals), kMmaBankTile, step.device.multiprocessors};
+  return {kLocals<Acc<S>>, kWarps * kTileRows<Acc<S>>,
+          kBlocksPerProcessor * step.device.multiprocessors};
+}
+
+// Splits of a streaming pass with `rows` local vectors: enough to fill the device, few enough for
+// the partial sums to stay small.
+inline int split_budget(const CudaStep& step, int64_t rows, const Cut& cut, int64_t acc_bytes) {
+  const int64_t fill = cut.blocks / ceil_div(rows, cut.locals);
+  const int64_t fit = kPartialBytes / (rows * step.layout.d * acc_bytes);
+  return int(std::max<int64_t>(1, std::min<int64_t>({fill, fit, kMaxSplits})));
+}
+
+// Share of `splits` for `local` of `local + bank` vectors in tiles of `tile`.
+inline int local_share(int splits, int64_t local, int64_t bank, int64_t tile) {
+  const int64_t share = ceil_div(splits * local, local + bank);
+  return int(std::max<int64_t>(1, std::min(share, ceil_div(local, tile))));
+}
+
+template <class S>
+Args<S> arrange(const CudaStep& step, Arena& arena) {
+  using A = Acc<S>;
+  const Layout& y = step.layout;
+  const StepOptions& o = step.options;
+  Args<S> a{};
+  a.n = int(step.batch.n);
+  a.m = Divisor(int(y.m));
+  a.d = int(y.d);
+  a.capacity = Divisor(int(y.capacity));
+  a.group = Divisor(int(y.group));
+  a.offset_block = Divisor(int(y.offset_block));
+  a.block = Divisor(int(y.block));
+  a.groups = int(y.groups());
+  a.offset_blocks = int(y.offset_blocks());
+  a.blocks = Divisor(int(y.blocks()));
+  a.scale = A(o.scale);
+  a.window_blocks = int(o.window_blocks);
+  a.weight_all_rows = o.weight_all_rows;
+  a.banked_rows = o.banked_rows && y.capacity > 0;
+  a.banked_columns = o.banked_columns && y.capacity > 0;
+  a.use_offsets = o.use_offsets && y.capacity > 0;
+  a.with_grad = o.with_grad;
+  a.enqueue = o.enqueue && y.capacity > 0;
+  // Beyond this the slots that upkeep reads would themselves be overwritten by the batch.
+  a.incremental = a.enqueue && std::min(step.batch.n, y.capacity) <= y.capacity - 2 * y.block;
+  a.drift_decay = A(o.drift_decay);
+  a.queries = static_cast<S*>(step.state.queries);
+  a.passages = static_cast<S*>(step.state.passages);
+  a.ids = step.state.ids;
+  a.cursor = step.state.cursor;
+  a.block_lse = static_cast<A*>(step.state.block_lse);
+  a.group_lse = static_cast<A*>(step.state.group_lse);
+  a.row_state = static_cast<A*>(step.state.row_state);
+  a.means = static_cast<A*>(step.state.means);
+  a.local_queries = static_cast<const S*>(step.batch.queries);
+  a.local_passages = static_cast<const S*>(step.batch.passages);
+  a.local_ids = step.batch.ids;
+  a.loss = static_cast<A*>(step.out.loss);
+  a.d_queries = step.out.d_queries;
+  a.d_passages = step.out.d_passages;
+  a.output = step.output;
+
+  const int64_t n = a.n, columns = n * a.m;
+  const Cut cut = cut_for<S>(step, n), gradient_cut = cut_for<S>(step, columns);
+  const int64_t tile = cut.tile;
+  const int query_splits = split_budget(step, n, cut, sizeof(A));
+  a.local_splits = local_share(query_splits, columns, y.capacity * y.m, tile);
+  if (y.capacity > 0) {
+    const int64_t wanted = std::max(1, query_splits - a.local_splits);
+    const int64_t most = ceil_div(y.block * y.m, tile);
+    const int64_t parts = std::min(ceil_div(wanted, y.blocks()), std::min(most, y.block));
+    const int64_t whole = std::max<int64_t>(1, tile / y.m);  // slots: no tile is cut in two
+    a.unit_slots = int(std::min(y.block, ceil_div(ceil_div(y.block, parts), whole) * whole));
+    a.parts = Divisor(int(ceil_div(y.block, a.unit_slots)));
+    a.bank_splits = int(std::min<int64_t>(wanted, y.blocks() * a.parts));
+  }
+  const int gradient_splits = split_budget(step, columns, gradient_cut, sizeof(A));
+  a.gradient_local = local_share(gradient_splits, n, y.capacity, tile);
+  a.gradient_bank = a.banked_rows
+                        ? int(std::min<int64_t>(std::max(1, gradient_splits - a.gradient_local),
+                                                ceil_div(y.capacity, tile)))
+                        : 0;
+  a.row_blocks =
+      a.banked_rows || a.incremental
+          ? int(ceil_div(y.capacity, takes_rows_mma<S>(step) ? kRowsMma : kRowWarps * kTileRows<A>))
+          : 0;
+
+  const int64_t splits = a.local_splits + a.bank_splits;  // at most kMaxSplits + 1
+  a.position = arena.take<int64_t>(2);
+  a.not_finite = arena.take<int>(n);
+  a.losses = arena.take<double>(n + a.row_blocks);
+  a.local_lse = arena.take<A>(n);
+  a.row_lse = arena.take<A>(a.banked_rows ? y.capacity : 0);
+  a.part_max = arena.take<A>(splits * n);
+  a.part_sum = arena.take<A>(splits * n);
+  const int64_t query_sums = splits * n;
+  const int64_t passage_sums = (a.gradient_local + a.gradient_bank) * columns;
+  a.part_out = arena.take<A>(a.with_grad ? std::max(query_sums, passage_sums) * y.d : 0);
+  a.unit_lse = arena.take<A>(a.incremental ? int64_t(a.blocks) * a.parts * n : 0);
+  return a;
+}
+
+// Blocks of the bank that a batch of n rows may touch.
+inline int64_t touched_blocks(const Layout& y, int64_t n) {
+  return std::min(y.blocks(), ceil_div(n - 1, y.block) + 1);
+}
+
+// The entries of the batch's rows.
+template <class S>
+void arrange_batch(const CudaStep& step, Arena& arena, Args<S>& a) {
+  using A = Acc<S>;
+  const int64_t touched = touched_blocks(step.layout, a.n), n = a.n;
+  const int64_t fit = kEntryBytes / (touched * n * int64_t(sizeof(A)));
+  a.strip_groups = int(ceil_div(a.groups, std::max<int64_t>(1, std::min<int64_t>(fit, a.groups))));
+  a.strips = int(ceil_div(a.groups, a.strip_groups));
+  a.group_part = arena.take<A>(2 * (a.groups + 1) * n);
+  a.strip_part = arena.take<A>(touched * a.strips * n);
+}
+
+// The entries of all rows, a part of the rows at a time.
+template <class S>
+void arrange_rebuild(const CudaStep& step, Arena& arena, Args<S>& a) {
+  using A = Acc<S>;
+  const int64_t entries = 2 * (a.groups + 1) + a.blocks;
+  const int64_t fit = 2 * kEntryBytes / (entries * int64_t(sizeof(A)));
+  a.rebuild_rows = int(std::max<int64_t>(32, std::min<int64_t>(fit, step.layout.capacity)));
+  a.strips = 1;
+  a.strip_groups = a.groups;
+  a.group_part = arena.take<A>(2 * (a.groups + 1) * int64_t(a.rebuild_rows));
+  a.strip_part = arena.take<A>(int64_t(a.blocks) * a.rebuild_rows);
+}
+
+template <class S>
+size_t scratch_bytes(const CudaStep& step) {
+  Arena arena(nullptr);
+  Args<S> a = arrange<S>(step, arena);
+  Arena batch = arena, rebuild = arena;  // they share their part: never in use together
+  if (a.incremental) arrange_batch(step, batch, a);
+  if (step.options.rebuild == Rebuild::table || (a.enqueue && !a.incremental))
+    arrange_rebuild(step, rebuild, a);
+  return std::max(batch.size(), rebuild.size());
+}
+
+template <class S, int V>
+class Launcher {
+  using A = Acc<S>;
+  static constexpr int T = kTileRows<A>, L = kLocals<A>;
+
+ public:
+  Launcher(const CudaStep& step, void* scratch, cudaStream_t stream)
+      : step_(step), arena_(scratch), a_(arrange<S>(step, arena_)), stream_(stream) {}
+
+  void run() {
+    if (step_.options.rebuild == Rebuild::table) rebuild(Entries::before);
+    if (step_.options.rebuild == Rebuild::window && a_.capacity > 0)
+      sum_window<S><<<ceil_div(a_.capacity, kThreads), kThreads, 0, stream_>>>(a_);
+    const int64_t chunks = ceil_div(a_.d, kSumColumns), columns = int64_t(a_.n) * a_.m;
+    attend(true, a_.local_splits + a_.bank_splits, a_.n);
+    finish_queries<S><<<dim3(a_.n, a_.with_grad ? chunks : 1), kThreads, 0, stream_>>>(a_);
+    if (a_.row_blocks > 0) score_rows();
+    if (a_.with_grad) attend(false, a_.gradient_local + a_.gradient_bank, columns);
+    const int64_t writers = a_.enqueue ? a_.n + ceil_div(int64_t(1 + a_.m) * a_.d, kThreads) : 0;
+    const int64_t sums = a_.with_grad ? columns * chunks : 0;
+    finish_passages<S><<<1 + writers + sums, kThreads, 0, stream_>>>(a_);
+    if (a_.incremental)
+      enter_batch();
+    else if (a_.enqueue)
+      rebuild(Entries::after);
+  }
+
+ private:
+  void attend(bool queries, int splits, int64_t locals) {
+    if constexpr (sizeof(S) == 2)
+      if (takes_tensor_cores<S>(step_))
+        return launch_attend_mma<S>(a_, step_.device, queries, splits, stream_);
+    const dim3 grid(splits, ceil_div(locals, L));
+    if constexpr (V == 1)
+      return a_.d <= kThreads ? attend_with<1>(queries, grid) : attend_with<16>(queries, grid);
+    else if (a_.d <= kThreads)
+      attend_with<1>(queries, grid);
+    else if (a_.d <= 3 * kThreads)
+      attend_with<3>(queries, grid);
+    else if (a_.d <= 4 * kThreads)
+      attend_with<4>(queries, grid);
+    else
+      attend_with<16>(queries, grid);
+  }
+  template <int DPT>
+  void attend_with(bool queries, dim3 grid) {
+    static_assert(16 * kThreads == kMaxDim, "the widest kernel covers every d that is accepted");
+    if (queries)
+      attend_queries<S, DPT, V><<<grid, kThreads, 0, stream_>>>(a_);
+    else
+      attend_passages<S, DPT, V><<<grid, kThreads, 0, stream_>>>(a_);
+  }
+
+  void score_rows() {
+    if constexpr (sizeof(S) == 2)
+      if (takes_rows_mma<S>(step_)) return launch_rows_mma<S>(a_, step_.device, stream_);
+    banked_rows<S, V><<<a_.row_blocks, kRowThreads, 0, stream_>>>(a_);
+  }
+
+  void enter_batch() {
+    Arena arena = arena_;
+    Args<S> a = a_;
+    arrange_batch(step_, arena, a);
+    const int64_t rows = std::min<int>(a.n, a.capacity), survivors = ceil_div(a.capacity, kThreads);
+    const dim3 grid(ceil_div(rows, T), ceil_div(a.strips, kWarps),
+                    2 + touched_blocks(step_.layout, a.n));
+    score_entries<S, V><<<grid, kThreads, 0, stream_>>>(a, Entries::batch, 0);
+    enter_rows<S><<<survivors + ceil_div(rows, kWarps), kThreads, 0, stream_>>>(a, Entries::batch,
+                                                                                0, int(survivors));
+  }
+
+  void rebuild(Entries which) {
+    Arena arena = arena_;
+    Args<S> a = a_;
+    arrange_rebuild(step_, arena, a);
+    const dim3 grid(ceil_div(a.rebuild_rows, T), 1, 2 + a.blocks);
+    for (int row = 0; row < a.capacity; row += a.rebuild_rows) {
+      score_entries<S, V><<<grid, kThreads, 0, stream_>>>(a, which, row);
+      enter_rows<S><<<ceil_div(a.rebuild_rows, kWarps), kThreads, 0, stream_>>>(a, which, row, 0);
+    }
+  }
+
+  const CudaStep& step_;
+  Arena arena_;
+  const Args<S> a_;
+  cudaStream_t stream_;
+};
+
+// Neighbouring elements are read four at once where every vector begins at a multiple of them.
+template <class S>
+bool is_aligned(const CudaStep& step) {
+  bool aligned = step.layout.d % 4 == 0;
+  for (const void* p :
+       {step.batch.queries, step.batch.passages, static_cast<const void*>(step.state.queries),
+        static_cast<const void*>(step.state.passages)})
+    aligned &= reinterpret_cast<uintptr_t>(p) % alignof(Pack<S, 4>) == 0;
+  return aligned;
+}
+
+template <class S>
+void launch_step(const CudaStep& step, void* scratch, cudaStream_t stream) {
+  if (is_aligned<S>(step))
+    Launcher<S, 4>(step, scratch, stream).run();
+  else
+    Launcher<S, 1>(step, scratch, stream).run();
+}
+
+}  // namespace contaccum

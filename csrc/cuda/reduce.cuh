@@ -1,0 +1,213 @@
+// What follows the two streaming passes: partial sums are added up in a fixed order, the batch is
+// written into the bank, the running means move on.
+//
+// - finish_queries: a local row's log-sum-exp, loss and gradient from the splits of the query side;
+//   whether it may enter the bank; a copy of head and fill for the kernels after it.
+// - finish_passages: a local column's gradient; beside it, in other thread blocks of the same
+//   launch, the loss, the batch, the means and the cursor.
+// - Nothing here is read by a thread block of the same launch that another one writes.
+#pragma once
+
+#include "online_softmax.cuh"
+#include "ring.cuh"
+
+namespace contaccum {
+
+// A thread block adds up kSumColumns elements of one vector, kSumLanes splits at a time.
+constexpr int kSumColumns = 64;
+constexpr int kSumLanes = kThreads / kSumColumns;
+
+// Sum over splits of weight(split) * part_out[split, row, k] for the thread's k; every thread of
+// the column gets it. `of` is the number of rows.
+template <class S, class Weight>
+__device__ Acc<S> sum_splits(const Args<S>& a, int splits, int row, int of, int k, Weight weight) {
+  using A = Acc<S>;
+  __shared__ A sums[kSumLanes][kSumColumns];
+  const int column = threadIdx.x % kSumColumns, group = threadIdx.x / kSumColumns;
+  A sum = 0;
+  if (k < a.d)
+#pragma unroll 4
+    for (int s = group; s < splits; s += kSumLanes)
+      sum += weight(s) * a.part_out[(int64_t(s) * of + row) * a.d + k];
+  sums[group][column] = sum;
+  __syncthreads();
+  A total = 0;
+  for (int g = 0; g < kSumLanes; ++g) total += sums[g][column];
+  return total;
+}
+
+// Inner product of two vectors of the batch, by a warp.
+template <class S>
+__device__ Acc<S> warp_dot(const S* x, const S* y, int d) {
+  Acc<S> sum = 0;
+  for (int k = threadIdx.x % 32; k < d; k += 32) sum += to_acc(x[k]) * to_acc(y[k]);
+  return warp_sum(sum);
+}
+
+// Grid (n, d / kSumColumns).
+template <class S>
+__global__ void __launch_bounds__(kThreads) finish_queries(const Args<S> a) {
+  using A = Acc<S>;
+  const int row = blockIdx.x, splits = a.local_splits + a.bank_splits;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const S* q = a.local_queries + int64_t(row) * a.d;
+  const S* positive = a.local_passages + int64_t(row) * a.m * a.d;
+  __shared__ A shared_lse, shared_positive;
+  __shared__ int bad;
+  if (threadIdx.x == 0) bad = 0;
+  __syncthreads();
+  if (warp == 0) {
+    Lse<A> lse;
+    for (int s = lane; s < splits; s += 32)
+      lse.add(a.part_max[int64_t(s) * a.n + row], a.part_sum[int64_t(s) * a.n + row]);
+    lse.merge_lanes(32);
+    if (lane == 0) shared_lse = lse.value();
+  } else if (warp == 1) {
+    const A dot = warp_dot(q, positive, a.d);
+    if (lane == 0) shared_positive = dot * a.scale;
+  } else if (blockIdx.y == 0) {
+    for (int v = warp - 2; v <= a.m; v += kWarps - 2) {
+      const S* x = v == a.m ? q : positive + int64_t(v) * a.d;
+      if (!isfinite(warp_dot(x, x, a.d) * a.scale)) bad = 1;  // all write the same
+    }
+  }
+  __syncthreads();
+  const A lse = shared_lse;
+  if (blockIdx.y == 0 && threadIdx.x == 0) {
+    a.local_lse[row] = lse;
+    a.losses[row] = double(lse) - double(shared_positive);
+    a.not_finite[row] = bad;
+    if (row == 0) {
+      a.position[0] = a.cursor[0];
+      a.position[1] = a.cursor[1];
+    }
+  }
+  if (!a.with_grad) return;
+  const int k = blockIdx.y * kSumColumns + threadIdx.x % kSumColumns;
+  __shared__ A weights[kMaxSplits + 1];
+  for (int s = threadIdx.x; s < splits; s += kThreads) {
+    const A top = a.part_max[int64_t(s) * a.n + row];
+    weights[s] = top == minus_infinity<A>() ? A(0) : exp_(top - lse);
+  }
+  __syncthreads();
+  const A sum = sum_splits(a, splits, row, a.n, k, [&](int s) { return weights[s]; });
+  if (k >= a.d || threadIdx.x >= kSumColumns) return;
+  const A factor = A(Ring<S>(a, a.cursor).row_weight()) * a.scale;
+  store_as(a.output, a.d_queries, int64_t(row) * a.d + k, factor * (sum - to_acc(positive[k])));
+}
+
+// dp = scale * w * (sum over rows of P row - own query for a positive)
+template <class S>
+__device__ void finish_column(const Args<S>& a, int column, int chunk, bool refused) {
+  using A = Acc<S>;
+  const int k = chunk * kSumColumns + threadIdx.x % kSumColumns;
+  const A sum = sum_splits(a, a.gradient_local + a.gradient_bank, column, a.n * a.m, k,
+                           [](int) { return A(1); });
+  if (k >= a.d || threadIdx.x >= kSumColumns) return;
+  const A own = column % a.m ? A(0) : to_acc(a.local_queries[int64_t(column / a.m) * a.d + k]);
+  const A factor = A(Ring<S>(a, a.position).row_weight()) * a.scale;
+  store_as(a.output, a.d_passages, int64_t(column) * a.d + k,
+           refused ? not_a_number<A>() : factor * (sum - own));
+}
+
+// The loss, summed in the same order whatever runs beside it; and where the ring stands now.
+template <class S>
+__device__ void finish_loss(const Args<S>& a, bool enqueue, bool refused) {
+  using A = Acc<S>;
+  __shared__ double sums[kThreads];
+  double sum = 0;
+  for (int i = threadIdx.x; i < a.n + a.row_blocks; i += kThreads) sum += a.losses[i];
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  for (int half = kThreads / 2; half; half /= 2) {
+    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    __syncthreads();
+  }
+  if (threadIdx.x != 0) return;
+  const Ring<S> ring(a, a.position);
+  *a.loss = refused ? not_a_number<A>() : A(sums[0] * ring.row_weight());
+  if (!enqueue) return;
+  const Ring<S> next = ring.after();
+  a.cursor[0] = next.head;
+  a.cursor[1] = next.fill;
+}
+
+template <class S>
+__device__ void refuse_row(const Args<S>& a, int row) {
+  if (!a.with_grad) return;
+  for (int k = threadIdx.x; k < a.d; k += kThreads)
+    store_as(a.output, a.d_queries, int64_t(row) * a.d + k, not_a_number<Acc<S>>());
+}
+
+// A row of the batch into its slot.
+template <class S>
+__device__ void write_row(const Args<S>& a, int row) {
+  const Ring<S> ring(a, a.position);
+  if (row < a.n - ring.count()) return;
+  const int64_t slot = ring.slot_of(row), width = int64_t(a.m) * a.d;
+  for (int k = threadIdx.x; k < a.d; k += kThreads)
+    a.queries[slot * a.d + k] = a.local_queries[int64_t(row) * a.d + k];
+  for (int64_t k = threadIdx.x; k < width; k += kThreads)
+    a.passages[slot * width + k] = a.local_passages[row * width + k];
+  for (int k = threadIdx.x; k < a.m; k += kThreads)
+    a.ids[slot * a.m + k] = a.masked() ? a.local_ids[int64_t(row) * a.m + k] : -1;
+}
+
+// Element `at` of (1 + m, d): the running mean, then the means stored with offset blocks. The slots
+// of an offset block share the average of the running means they were enqueued at. All n rows are
+// stamped, also those that later rows of a large batch have overwritten.
+template <class S>
+__device__ void move_means(const Args<S>& a, int64_t at) {
+  using A = Acc<S>;
+  const int64_t width = int64_t(1 + a.m) * a.d;
+  if (at >= width) return;
+  const Ring<S> ring(a, a.position);
+  if (a.drift_decay >= A(0)) {
+    const int v = int(at / a.d), k = int(at % a.d);
+    const S* x = v == 0 ? a.local_queries + k : a.local_passages + int64_t(v - 1) * a.d + k;
+    const int64_t stride = v == 0 ? a.d : int64_t(a.m) * a.d;
+    A sum = 0;
+#pragma unroll 8
+    for (int i = 0; i < a.n; ++i) sum += to_acc(x[i * stride]);
+    const A keep = ring.fill > 0 ? a.drift_decay : A(0);
+    a.means[at] = keep * a.means[at] + (A(1) - keep) * sum / A(a.n);
+  }
+  const A now = a.means[at];
+  int slot = ring.head;
+  for (int row = 0; row < a.n;) {
+    const int b = slot / a.offset_block, before = slot - b * a.offset_block;
+    const int block_end = min((b + 1) * a.offset_block, int(a.capacity));
+    const int end = a.n - row < block_end - slot ? slot + a.n - row : block_end;
+    A* stored = a.means + (1 + b) * width + at;
+    if (before == 0) a.means[(1 + a.offset_blocks) * width + at] = *stored;
+    const A share = A(end - slot) / A(before + end - slot);
+    *stored = before == 0 ? now : *stored + share * (now - *stored);
+    row += end - slot;
+    slot = end == a.capacity ? 0 : end;
+  }
+}
+
+// Grid: the loss; then n rows to write and the elements of the means, if enqueueing; then
+// (n * m, d / kSumColumns) sums, if gradients are wanted.
+template <class S>
+__global__ void __launch_bounds__(kThreads) finish_passages(const Args<S> a) {
+  const bool enqueue = a.enqueue && batch_is_finite(a);
+  // A batch that may not enter the bank must not look sound: whoever watches the loss or, as loss
+  // scaling does, the gradients shall see it.
+  const bool refused = a.enqueue && !enqueue;
+  int role = blockIdx.x;
+  if (role-- == 0) return finish_loss(a, enqueue, refused);
+  if (a.enqueue) {
+    const int mean_blocks = (int64_t(1 + a.m) * a.d + kThreads - 1) / kThreads;
+    if (role < a.n + mean_blocks) {
+      if (role < a.n) return enqueue ? write_row(a, role) : refuse_row(a, role);
+      if (!enqueue) return;
+      return move_means(a, int64_t(role - a.n) * kThreads + threadIdx.x);
+    }
+    role -= a.n + mean_blocks;
+  }
+  const int chunks = (a.d + kSumColumns - 1) / kSumColumns;
+  finish_column(a, role / chunks, role % chunks, refused);
+}
+
+}  // namespace contaccum

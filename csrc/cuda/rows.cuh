@@ -1,0 +1,164 @@
+// Banked rows x local columns: log-sum-exp and loss of each row, and its table entries.
+//
+// - A warp holds kTileRows neighbouring rows and walks over the columns, one score a lane, each
+//   lane with its own online sums: nothing is shared and nothing waits until a range ends.
+// - Scores against the local columns are also what enqueueing adds to the table; the groups that
+//   upkeep needs come after them, in the order of csrc/cpu/plan.cpp.
+// - What depends on all groups of a row is left to survivors() in entries.cuh.
+#pragma once
+
+#include "online_softmax.cuh"
+#include "ring.cuh"
+#include "warp_tile.cuh"
+
+namespace contaccum {
+
+constexpr int kRowWarps = 4;  // fewer than kWarps: a bank of 2,048 slots should reach every SM
+constexpr int kRowThreads = 32 * kRowWarps;
+
+template <class S, int V>
+class BankedRows {
+  using A = Acc<S>;
+  static constexpr int L = kLocals<A>, T = kTileRows<A>;
+
+ public:
+  __device__ BankedRows(const Args<S>& args, const Ring<S>& r, int first_slot)
+      : a(args),
+        ring(r),
+        first(first_slot),
+        slot(first_slot + lane_row<A>()),
+        valid(slot < r.fill),
+        leader(valid && lane_local<A>() == 0),
+        positive_id(a.masked() && valid ? a.ids[int64_t(slot) * a.m] : -1) {
+    rows_from(static_cast<const S*>(a.queries), first, ring.fill - 1, a.d, rows);
+  }
+
+  // The loss of the lane's row where the lane is its leader, else 0.
+  __device__ double run(bool upkeep) {
+    const bool in_loss = a.banked_rows && valid && ring.in_window(slot);
+    const bool offsets = a.use_offsets && a.banked_rows;
+    Lse<A> loss, fresh;
+    if (upkeep && valid) {
+      fresh.max = a.row(kFreshMax)[slot];
+      fresh.sum = a.row(kFreshSum)[slot];
+    }
+    for (int row = 0; row < a.n;) {  // the parts of the batch that land in one block
+      const int to = upkeep ? ring.slot_of(row) : 0;
+      const int end = upkeep ? min(a.n, row + ring.block_end(to / a.block) - to) : a.n;
+      Lse<A> plain;
+      for (int c = row * a.m; c < end * a.m; c += L)
+        local_columns(c, end * a.m, offsets, plain, loss);
+      plain.merge_lanes(L);
+      if (!offsets) loss.add(plain);
+      fresh.add(plain);
+      if (upkeep && to + end - row == ring.block_end(to / a.block)) {
+        if (leader) a.block_lse[int64_t(to / a.block) * a.capacity + slot] = fresh.value();
+        fresh = Lse<A>{};
+      }
+      row = end;
+    }
+    if (upkeep) {
+      if (leader) {
+        a.row(kFreshMax)[slot] = fresh.max;
+        a.row(kFreshSum)[slot] = fresh.sum;
+      }
+      keep_groups();
+    }
+    if (offsets) loss.merge_lanes(L);
+    if (!in_loss || !leader) return 0;
+    loss.add_lse(a.row(a.banked_columns ? kRowLse : kPositive)[slot]);
+    const A lse = loss.value();
+    a.row_lse[slot] = lse;
+    return double(lse) - double(a.row(kPositive)[slot]);
+  }
+
+ private:
+  __device__ void local_columns(int column, int end, bool offsets, Lse<A>& plain, Lse<A>& biased) {
+    const int mine = column + lane_local<A>();
+    A s = warp_scores<V>(rows, a.local_passages, column, end - 1, a.d) * a.scale;
+    if (mine >= end || (positive_id != -1 && a.local_ids[mine] == positive_id))
+      s = minus_infinity<A>();
+    plain.add_score(s);
+    if (!offsets) return;
+    A bias = 0;
+    int previous = -1;
+    A row_bias = 0;
+#pragma unroll 1
+    for (int t = 0; t < T; ++t) {  // mostly one run of slots, so one round of products
+      const int mean = ring.mean_of(min(first + t, ring.fill - 1));
+      if (mean != previous)
+        row_bias = warp_bias(a.mean(0, 0), a.mean(mean, 0), a.local_passages, column, end - 1, a.d);
+      previous = mean;
+      if (t == lane_row<A>()) bias = row_bias;
+    }
+    biased.add_score(s + bias * a.scale);
+  }
+
+  // Log-sum-exp of the rows over slots [begin, end) of the bank.
+  __device__ A banked_columns(int begin, int end) {
+    Lse<A> lse;
+    for (int c = begin * a.m; c < end * a.m; c += L) {
+      const int mine = c + lane_local<A>();
+      A s = warp_scores<V>(rows, a.passages, c, end * a.m - 1, a.d) * a.scale;
+      if (mine >= end * a.m ||
+          (positive_id != -1 && a.ids[mine] == positive_id && mine != slot * a.m))
+        s = minus_infinity<A>();
+      lse.add_score(s);
+    }
+    lse.merge_lanes(L);
+    return lse.value();
+  }
+
+  __device__ void keep_group(int b, int k) {
+    const int end = min(ring.block_end(b), ring.fill), begin = b * a.block + k * a.group;
+    const A lse = banked_columns(min(begin, end), min(begin + a.group, end));
+    if (leader) a.group_lse[int64_t(k) * a.capacity + slot] = lse;
+  }
+
+  __device__ void keep_groups() {
+    const Ring<S> next = ring.after();
+    const int current = next.block(), done = ring.passed_groups();
+    const int passed = next.passed_groups(), first_old = next.first_old();
+    const bool crosses = ring.crosses();
+    if (crosses)  // groups of the block that head has entered, ahead of it
+      for (int k = max(first_old, ring.next_block() == current ? done : 0); k < a.groups; ++k)
+        keep_group(current, k);
+    for (int k = crosses ? 0 : done; k < passed; ++k)  // groups of the block after it
+      keep_group(next.next_block(), k);
+    A rest = minus_infinity<A>();
+    if (passed != first_old) {
+      const int end = min(ring.block_end(current), ring.fill);
+      rest =
+          banked_columns(min(next.head, end), min(current * a.block + (passed + 1) * a.group, end));
+    }
+    if (leader) a.row(kOldLse)[slot] = rest;
+  }
+
+  const Args<S>& a;
+  const Ring<S>& ring;
+  const int first, slot;  // the warp's first row, the lane's row
+  const bool valid, leader;
+  const int64_t positive_id;
+  const S* rows[T];
+};
+
+// Grid (row_blocks).
+template <class S, int V>
+__global__ void __launch_bounds__(kRowThreads) banked_rows(const Args<S> a) {
+  const Ring<S> ring(a, a.position);
+  const bool upkeep = a.incremental && batch_is_finite(a);
+  __shared__ double losses[kRowWarps];
+  const int warp = threadIdx.x / 32;
+  const int first = (blockIdx.x * kRowWarps + warp) * kTileRows<Acc<S>>;
+  double loss = 0;
+  if (first < ring.fill && (upkeep || a.banked_rows))
+    loss = BankedRows<S, V>(a, ring, first).run(upkeep);
+  loss = warp_sum(loss);
+  if (threadIdx.x % 32 == 0) losses[warp] = loss;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < kRowWarps; ++w) losses[0] += losses[w];
+  a.losses[a.n + blockIdx.x] = losses[0];
+}
+
+}  // namespace contaccum
