@@ -25,7 +25,8 @@ def history(device, threads: int, n, capacity, m, d, dtype) -> list[torch.Tensor
         bank = ca.DualMemoryBank(capacity, d, m, dtype, device, drift)
         given = torch.float64 if dtype == torch.float64 else torch.float32
         bank.enqueue(
-            torch.randn(capacity, d, dtype=given), torch.randn(capacity, m, d, dtype=given)
+            torch.randn(capacity, d, dtype=given).to(device),
+            torch.randn(capacity, m, d, dtype=given).to(device),
         )
         results = []
         for tau in (1.0, 1.0, 0.5):  # as it stands, after upkeep, after a rebuild

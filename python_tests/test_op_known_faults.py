@@ -167,7 +167,8 @@ def test_clear_forgets_everything(device):
     used, new = (new_bank(device, drift="mean", m=2) for _ in range(2))
     for n in (3, 2, 6):
         x = torch.randn(n, 2, 8, dtype=torch.float64, device=device)
-        ca.contaccum_loss(x[:, 0], x, used, passage_ids=torch.zeros(n, 2, dtype=torch.int64))
+        ids = torch.zeros(n, 2, dtype=torch.int64, device=device)
+        ca.contaccum_loss(x[:, 0], x, used, passage_ids=ids)
     used.clear()
     assert len(used) == 0 and used.queries().shape == (0, 8) and used.passages().shape == (0, 2, 8)
     assert_same_state(used, state(new))
