@@ -85,7 +85,9 @@ def build_inputs() -> list[str]:
 
 
 def cuda_toolkit() -> Path | None:
-    """Return the directory of nvcc's toolkit, or None without nvcc."""
+    """Return the directory of nvcc's toolkit; None without nvcc or where it is not wanted."""
+    if os.environ.get("CONTACCUM_WITHOUT_CUDA"):
+        return None
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None:
         return None
@@ -106,7 +108,7 @@ class BuildWithKernels(cpp_extension.BuildExtension):
     def build_extensions(self) -> None:
         toolkit = cuda_toolkit()
         if toolkit is None:
-            print("contaccum-ext: no nvcc found, building for the CPU alone")
+            print("contaccum-ext: no nvcc found or wanted, building for the CPU alone")
         else:
             self.add_kernels(self.extensions[0], toolkit)
         super().build_extensions()
