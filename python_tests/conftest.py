@@ -49,3 +49,20 @@ def device(request) -> str:
     if reason:
         pytest.skip(reason)
     return request.param
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A tiny encoder to train from."""
+    # Here and not above: the op's tests do without transformers.
+    from tiny_retriever import write_tiny_encoder
+
+    return write_tiny_encoder(tmp_path_factory.mktemp("start") / "encoder")
+
+
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory):
+    """The same with dropout and another layer."""
+    from tiny_retriever import write_tiny_encoder
+
+    return write_tiny_encoder(tmp_path_factory.mktemp("deep") / "encoder", dropout=0.1, layers=2)

@@ -11,7 +11,6 @@ from tiny_retriever import (
     tiny_config,
     tiny_dataset,
     weights,
-    write_tiny_encoder,
 )
 from torch import nn
 
@@ -25,16 +24,6 @@ from contaccum_ext.training import (
 from contaccum_ext.training.encoder import load_tokenizer
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return write_tiny_encoder(tmp_path_factory.mktemp("start") / "encoder")
-
-
-@pytest.fixture(scope="module")
-def two_layers(tmp_path_factory):
-    return write_tiny_encoder(tmp_path_factory.mktemp("deep") / "encoder", dropout=0.1, layers=2)
 
 
 def make_trainer(start, output, dataset=None, **settings) -> Trainer:

@@ -7,7 +7,6 @@ import torch
 from tiny_retriever import (
     tiny_config,
     tiny_dataset,
-    write_tiny_encoder,
 )
 
 from contaccum_ext.datasets import RetrievalDataset
@@ -19,11 +18,6 @@ from contaccum_ext.training.data import Collator, Sampler
 from contaccum_ext.training.encoder import load_tokenizer
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return write_tiny_encoder(tmp_path_factory.mktemp("start") / "encoder")
 
 
 def test_all_methods_see_the_same_examples_in_the_same_order():

@@ -11,7 +11,6 @@ from tiny_retriever import (
     assert_same_weights,
     tiny_config,
     weights,
-    write_tiny_encoder,
 )
 from torch import nn
 
@@ -28,16 +27,6 @@ from contaccum_ext.training.optimization import (
 )
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return write_tiny_encoder(tmp_path_factory.mktemp("start") / "encoder")
-
-
-@pytest.fixture(scope="module")
-def two_layers(tmp_path_factory):
-    return write_tiny_encoder(tmp_path_factory.mktemp("deep") / "encoder", dropout=0.1, layers=2)
 
 
 def test_schedule_rises_to_the_peak_and_falls_to_zero():
