@@ -65,6 +65,7 @@ struct Args {
   // Scratch, how the work is split, and the output.
   int local_splits, bank_splits;      // of the query side: over local columns, over units
   int gradient_local, gradient_bank;  // splits of the passage side: over local, over banked rows
+  int query_extra, gradient_extra;  // more of part_out on each side, not to be weighed: offsets'
   Divisor parts;
   int unit_slots;  // a block is cut into `parts` units; a unit's log-sum-exp is never split
   int strips, strip_groups;  // groups of a block that one warp scores for a new row
@@ -77,8 +78,15 @@ struct Args {
   A* part_out;        // (splits, n, d) or (splits, n * m, d): one after the other
   A* unit_lse;        // (units, n): local rows over banked columns, the new rows' table entries
   A* local_lse;       // (n)
+  A* local_positive;  // (n) score of a local row with its own positive
   A* row_lse;         // (C): banked rows, local columns included
   double* losses;     // (n + row_blocks)
+  // Offsets, with rows of scores in base 2: a bias for each row of stored means (from means[1] on),
+  // a mass for each kSlotGroup slots, and one for what head has yet to overwrite of its group.
+  float* query_bias;    // (1 + offset_blocks, m, n)
+  float* passage_bias;  // (1 + offset_blocks, n * m)
+  float* query_mass;    // (slot groups + 1, m, n), logarithms
+  float* passage_mass;  // (slot groups + 1, n * m)
   A* group_part;      // (2, groups + 1, rows): new rows over the groups of head's block and the
                       // next; the last entry is what of a group head has yet to overwrite
   A* strip_part;      // (blocks, strips, rows): over the strips of other blocks
@@ -99,6 +107,7 @@ constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kMaxDim = 4096;
 constexpr int kMaxSplits = 512;  // of the query side: their weights are held in shared memory
+constexpr int kMaxExtra = 4;     // and those of the offsets
 
 // A warp scores kTileRows<A> bank vectors against kLocals<A> local ones: one score a lane.
 template <class A>

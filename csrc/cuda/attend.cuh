@@ -212,7 +212,8 @@ class Attend {
       // -inf minus -inf would be NaN; a pair left out has weight 0
       const A w = score[e] == minus_infinity<A>() ? A(0) : exp_(score[e] - new_top);
       sum += w;
-      weight[(lane + 32 * e) * L + warp] = w;
+      const int c = lane + 32 * e;  // the target is in the sum, not in the product: reduce.cuh
+      weight[c * L + warp] = t.local && t.j + c == (first + warp) * a.m ? A(0) : w;
     }
     top = new_top;
     if (lane == 0) shrink[warp] = factor;
@@ -223,7 +224,8 @@ class Attend {
     const A* lse = t.local ? a.local_lse : a.row_lse;
     for (int c = lane; c < t.count; c += 32) {
       const A s = weight[c * L + warp];
-      weight[c * L + warp] = exp_(s + (kinds ? bias[warp] : A(0)) - lse[t.j + c]);
+      const bool own = t.local && first + warp == (t.j + c) * a.m;  // see soften()
+      weight[c * L + warp] = own ? A(0) : exp_(s + (kinds ? bias[warp] : A(0)) - lse[t.j + c]);
     }
   }
 

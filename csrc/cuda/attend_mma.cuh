@@ -325,7 +325,10 @@ class AttendMma {
       const float reference = kQuerySide ? top : lse[e];
       s[e] = s[e] == minus_infinity<float>() ? 0.f : expf(s[e] - reference);
       sum += s[e];
-      store_weight(my_local, c, s[e]);
+      // The target is in the sum, not in the product: see reduce.cuh.
+      const bool own = is_local && (kQuerySide ? t.j + c == (first + my_local) * a.m
+                                               : first + my_local == (t.j + c) * a.m);
+      store_weight(my_local, c, own ? 0.f : s[e]);
     }
     if (t.mean >= 0) {
       const int kinds = min(m, t.count);
@@ -340,19 +343,13 @@ class AttendMma {
     }
   }
 
-  // A weight as the sum of two numbers of the bank's dtype: rounded to 8 or 11 bits it would be the
-  // largest error of the gradient by far.
+  // Rounded to the bank's dtype, as the vectors that it weighs.
   __device__ void store_weight(int l, int c, float w) {
-    w *= kWeightScale;
-    S* rounded = reinterpret_cast<S*>(&sh.weight[0][l][c]);
-    S* rest = reinterpret_cast<S*>(&sh.weight[1][l][c]);
-    if constexpr (std::is_same_v<S, Bf16>) {
-      *rounded = __float2bfloat16(w);
-      *rest = __float2bfloat16(w - to_acc(*rounded));
-    } else {
-      *rounded = __float2half(w);
-      *rest = __float2half(w - to_acc(*rounded));
-    }
+    S* rounded = reinterpret_cast<S*>(&sh.weight[l][c]);
+    if constexpr (std::is_same_v<S, Bf16>)
+      *rounded = __float2bfloat16(w * kWeightScale);
+    else
+      *rounded = __float2half(w * kWeightScale);
   }
 
   // See Attend::left_out.
@@ -393,32 +390,26 @@ class AttendMma {
     const uint32_t weights = shared_address(sh.weight);
 #pragma unroll
     for (int kk = 0; kk < kBank / 16; ++kk) {
-      uint32_t w[2][NT][2];  // the rounded weights, and the rest
+      uint32_t w[NT][2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int nt = 0; nt < NT; nt += 2) {
-          // With a single n-tile the upper lanes' addresses are unused: they repeat the lower ones.
-          const int matrix = lane / 8, row = (nt + (NT > 1 ? matrix / 2 : 0)) * 8 + lane % 8;
-          uint32_t r[4];
-          load_matrices(r, weights + (half * kLocal + row) * Tile::kWeightStride * 2 +
-                               (kk * 2 + matrix % 2) * 16);
-          w[half][nt][0] = r[0];
-          w[half][nt][1] = r[1];
-          if constexpr (NT > 1) {
-            w[half][nt + 1][0] = r[2];
-            w[half][nt + 1][1] = r[3];
-          }
+      for (int nt = 0; nt < NT; nt += 2) {
+        // With a single n-tile the upper lanes' addresses are unused: they repeat the lower ones.
+        const int matrix = lane / 8, row = (nt + (NT > 1 ? matrix / 2 : 0)) * 8 + lane % 8;
+        uint32_t r[4];
+        load_matrices(r, weights + row * Tile::kWeightStride * 2 + (kk * 2 + matrix % 2) * 16);
+        w[nt][0] = r[0];
+        w[nt][1] = r[1];
+        if constexpr (NT > 1) {
+          w[nt + 1][0] = r[2];
+          w[nt + 1][1] = r[3];
         }
+      }
 #pragma unroll
       for (int mt = 0; mt < MT; ++mt) {
         uint32_t x[4];
         load_matrices_transposed(x, from + kk * 16 * Tile::kRowBytes + mt * 32);
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll
-          for (int nt = 0; nt < NT; ++nt)
-            multiply_add<S>(acc[mt][nt], x, w[half][nt][0], w[half][nt][1]);
+        for (int nt = 0; nt < NT; ++nt) multiply_add<S>(acc[mt][nt], x, w[nt][0], w[nt][1]);
       }
     }
     if (t.mean < 0) return;

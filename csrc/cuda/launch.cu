@@ -11,7 +11,7 @@ namespace contaccum {
 template <class S>
 size_t scratch_bytes(const CudaStep& step);
 template <class S>
-void launch_step(const CudaStep& step, void* scratch, cudaStream_t stream);
+const char* launch_step(const CudaStep& step, void* scratch, cudaStream_t stream);
 
 namespace {
 std::atomic<bool> tensor_cores{true};
@@ -33,24 +33,26 @@ size_t cuda_scratch_bytes(const CudaStep& step) {
   return 0;
 }
 
-const char* cuda_step(const CudaStep& step, void* scratch, void* stream) {
-  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+namespace {
+const char* launch_any(const CudaStep& step, void* scratch, cudaStream_t stream) {
   switch (step.storage) {
     case Storage::f32:
-      launch_step<float>(step, scratch, s);
-      break;
+      return launch_step<float>(step, scratch, stream);
     case Storage::f64:
-      launch_step<double>(step, scratch, s);
-      break;
+      return launch_step<double>(step, scratch, stream);
     case Storage::bf16:
-      launch_step<Bf16>(step, scratch, s);
-      break;
+      return launch_step<Bf16>(step, scratch, stream);
     case Storage::f16:
-      launch_step<F16>(step, scratch, s);
-      break;
+      return launch_step<F16>(step, scratch, stream);
   }
+  return nullptr;
+}
+}  // namespace
+
+const char* cuda_step(const CudaStep& step, void* scratch, void* stream) {
+  const char* refused = launch_any(step, scratch, static_cast<cudaStream_t>(stream));
   const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return refused ? refused : error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 const char* cuda_device(int index, CudaDevice* device) {

@@ -4,6 +4,6 @@
 namespace contaccum {
 
 template size_t scratch_bytes<double>(const CudaStep&);
-template void launch_step<double>(const CudaStep&, void*, cudaStream_t);
+template const char* launch_step<double>(const CudaStep&, void*, cudaStream_t);
 
 }  // namespace contaccum

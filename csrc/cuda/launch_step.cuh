@@ -7,8 +7,10 @@
 
 #include "attend.cuh"
 #include "attend_mma.h"
+#include "attend_sm90a.h"
 #include "entries.cuh"
 #include "launch.h"
+#include "offsets.cuh"
 #include "reduce.cuh"
 #include "rows.cuh"
 
@@ -32,6 +34,7 @@ class Arena {
 };
 
 constexpr int64_t kPartialBytes = 14 << 20;  // of part_out where more than one split is worth it
+constexpr int64_t kUnitBytes = 1 << 20;      // of unit_lse where finer units are worth it
 constexpr int64_t kEntryBytes = 2 << 20;     // of strip_part, and of the rows of a rebuild
 constexpr int kBlocksPerProcessor = 2;       // thread blocks of a streaming kernel that fit at once
 
@@ -44,6 +47,8 @@ struct Cut {
 
 template <class S>
 Cut cut_for(const CudaStep& step, int64_t locals) {
+  if (takes_sm90a<S>(step, locals))
+    return {kBoxRows, kBoxRows, step.device.multiprocessors / cluster_of(step.layout.d)};
   if (takes_tensor_cores<S>(step))
     return {8 * mma_n_tiles(step.layout.d, locals), kMmaBankTile, step.device.multiprocessors};
   return {kLocals<Acc<S>>, kWarps * kTileRows<Acc<S>>,
@@ -111,8 +116,17 @@ Args<S> arrange(const CudaStep& step, Arena& arena) {
   const Cut cut = cut_for<S>(step, n), gradient_cut = cut_for<S>(step, columns);
   const int64_t tile = cut.tile;
   const int query_splits = split_budget(step, n, cut, sizeof(A));
+  const bool sm90a_queries = takes_sm90a<S>(step, n), sm90a_passages = takes_sm90a<S>(step, columns);
   a.local_splits = local_share(query_splits, columns, y.capacity * y.m, tile);
-  if (y.capacity > 0) {
+  if (sm90a_queries) {
+    a.local_splits = 0;  // each split takes its share of both
+    a.bank_splits = query_splits;
+    const int64_t entry_bytes = std::max<int64_t>(1, y.blocks()) * n * int64_t(sizeof(A));
+    const int64_t fit = std::max<int64_t>(1, kUnitBytes / entry_bytes);
+    const int64_t parts = std::min(ceil_div(y.block, 2 * kBoxRows), fit);
+    a.unit_slots = int(ceil_div(ceil_div(y.block, parts), kBoxRows) * kBoxRows);
+    a.parts = Divisor(int(ceil_div(y.block, a.unit_slots)));
+  } else if (y.capacity > 0) {
     const int64_t wanted = std::max(1, query_splits - a.local_splits);
     const int64_t most = ceil_div(y.block * y.m, tile);
     const int64_t parts = std::min(ceil_div(wanted, y.blocks()), std::min(most, y.block));
@@ -127,6 +141,10 @@ Args<S> arrange(const CudaStep& step, Arena& arena) {
                         ? int(std::min<int64_t>(std::max(1, gradient_splits - a.gradient_local),
                                                 ceil_div(y.capacity, tile)))
                         : 0;
+  if (sm90a_passages) {
+    a.gradient_local = 0;
+    a.gradient_bank = gradient_splits;
+  }
   a.row_blocks =
       a.banked_rows || a.incremental
           ? int(ceil_div(y.capacity, takes_rows_mma<S>(step) ? kRowsMma : kRowWarps * kTileRows<A>))
@@ -137,11 +155,19 @@ Args<S> arrange(const CudaStep& step, Arena& arena) {
   a.not_finite = arena.take<int>(n);
   a.losses = arena.take<double>(n + a.row_blocks);
   a.local_lse = arena.take<A>(n);
+  a.local_positive = arena.take<A>(n);
   a.row_lse = arena.take<A>(a.banked_rows ? y.capacity : 0);
   a.part_max = arena.take<A>(splits * n);
   a.part_sum = arena.take<A>(splits * n);
-  const int64_t query_sums = splits * n;
-  const int64_t passage_sums = (a.gradient_local + a.gradient_bank) * columns;
+  if (a.use_offsets && (sm90a_queries || sm90a_passages)) {
+    a.query_extra = sm90a_queries ? kOffsetSplits : 0;
+    a.gradient_extra = sm90a_passages && a.banked_rows ? kOffsetSplits : 0;
+    const int64_t floats = offset_array_bytes(step) / int64_t(sizeof(float));
+    for (float** array : {&a.query_bias, &a.passage_bias, &a.query_mass, &a.passage_mass})
+      *array = arena.take<float>(floats);
+  }
+  const int64_t query_sums = (splits + a.query_extra) * n;
+  const int64_t passage_sums = (a.gradient_local + a.gradient_bank + a.gradient_extra) * columns;
   a.part_out = arena.take<A>(a.with_grad ? std::max(query_sums, passage_sums) * y.d : 0);
   a.unit_lse = arena.take<A>(a.incremental ? int64_t(a.blocks) * a.parts * n : 0);
   return a;
@@ -197,11 +223,13 @@ class Launcher {
   Launcher(const CudaStep& step, void* scratch, cudaStream_t stream)
       : step_(step), arena_(scratch), a_(arrange<S>(step, arena_)), stream_(stream) {}
 
-  void run() {
+  // Null, or what went wrong.
+  const char* run() {
     if (step_.options.rebuild == Rebuild::table) rebuild(Entries::before);
     if (step_.options.rebuild == Rebuild::window && a_.capacity > 0)
       sum_window<S><<<ceil_div(a_.capacity, kThreads), kThreads, 0, stream_>>>(a_);
     const int64_t chunks = ceil_div(a_.d, kSumColumns), columns = int64_t(a_.n) * a_.m;
+    if (a_.query_bias != nullptr) score_offsets();
     attend(true, a_.local_splits + a_.bank_splits, a_.n);
     finish_queries<S><<<dim3(a_.n, a_.with_grad ? chunks : 1), kThreads, 0, stream_>>>(a_);
     if (a_.row_blocks > 0) score_rows();
@@ -213,10 +241,30 @@ class Launcher {
       enter_batch();
     else if (a_.enqueue)
       rebuild(Entries::after);
+    return error_;
   }
 
  private:
+  void score_offsets() {
+    const int64_t means = 1 + a_.offset_blocks, columns = int64_t(a_.n) * a_.m;
+    const int64_t tiles = bias_blocks(means * a_.m, a_.n) + bias_blocks(means, columns);
+    offset_biases<S><<<tiles, kThreads, 0, stream_>>>(a_);
+  }
+
+  void attend_hopper(bool queries, int splits, int64_t locals) {
+    if (!launch_attend_sm90a<S>(a_, queries, splits, stream_))
+      error_ = "the driver cannot describe tensors to the copy engine";
+    if (!a_.with_grad || (queries ? a_.query_extra : a_.gradient_extra) == 0) return;
+    const dim3 grid(ceil_div(a_.d, kMassColumns), ceil_div(locals, kMassLocals), kOffsetSplits);
+    if (queries)
+      offset_gradients<S, true><<<grid, kThreads, 0, stream_>>>(a_, splits);
+    else
+      offset_gradients<S, false><<<grid, kThreads, 0, stream_>>>(a_, splits);
+  }
+
   void attend(bool queries, int splits, int64_t locals) {
+    if constexpr (sizeof(S) == 2)
+      if (takes_sm90a<S>(step_, locals)) return attend_hopper(queries, splits, locals);
     if constexpr (sizeof(S) == 2)
       if (takes_tensor_cores<S>(step_))
         return launch_attend_mma<S>(a_, step_.device, queries, splits, stream_);
@@ -274,6 +322,7 @@ class Launcher {
   Arena arena_;
   const Args<S> a_;
   cudaStream_t stream_;
+  const char* error_ = nullptr;
 };
 
 // Neighbouring elements are read four at once where every vector begins at a multiple of them.
@@ -288,11 +337,9 @@ bool is_aligned(const CudaStep& step) {
 }
 
 template <class S>
-void launch_step(const CudaStep& step, void* scratch, cudaStream_t stream) {
-  if (is_aligned<S>(step))
-    Launcher<S, 4>(step, scratch, stream).run();
-  else
-    Launcher<S, 1>(step, scratch, stream).run();
+const char* launch_step(const CudaStep& step, void* scratch, cudaStream_t stream) {
+  return is_aligned<S>(step) ? Launcher<S, 4>(step, scratch, stream).run()
+                             : Launcher<S, 1>(step, scratch, stream).run();
 }
 
 }  // namespace contaccum

@@ -17,6 +17,9 @@ namespace contaccum {
 constexpr int kSumColumns = 64;
 constexpr int kSumLanes = kThreads / kSumColumns;
 
+// Neither pass has a row's own target in its sums: with probability P it counts P - 1, which is
+// small where training has succeeded and must not be left over from a rounded P.
+
 // Sum over splits of weight(split) * part_out[split, row, k] for the thread's k; every thread of
 // the column gets it. `of` is the number of rows.
 template <class S, class Weight>
@@ -49,6 +52,7 @@ template <class S>
 __global__ void __launch_bounds__(kThreads) finish_queries(const Args<S> a) {
   using A = Acc<S>;
   const int row = blockIdx.x, splits = a.local_splits + a.bank_splits;
+  const int sums = splits + a.query_extra;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const S* q = a.local_queries + int64_t(row) * a.d;
   const S* positive = a.local_passages + int64_t(row) * a.m * a.d;
@@ -75,6 +79,7 @@ __global__ void __launch_bounds__(kThreads) finish_queries(const Args<S> a) {
   const A lse = shared_lse;
   if (blockIdx.y == 0 && threadIdx.x == 0) {
     a.local_lse[row] = lse;
+    a.local_positive[row] = shared_positive;
     a.losses[row] = double(lse) - double(shared_positive);
     a.not_finite[row] = bad;
     if (row == 0) {
@@ -84,30 +89,34 @@ __global__ void __launch_bounds__(kThreads) finish_queries(const Args<S> a) {
   }
   if (!a.with_grad) return;
   const int k = blockIdx.y * kSumColumns + threadIdx.x % kSumColumns;
-  __shared__ A weights[kMaxSplits + 1];
-  for (int s = threadIdx.x; s < splits; s += kThreads) {
-    const A top = a.part_max[int64_t(s) * a.n + row];
+  __shared__ A weights[kMaxSplits + 1 + kMaxExtra];
+  for (int s = threadIdx.x; s < sums; s += kThreads) {
+    const A top = s < splits ? a.part_max[int64_t(s) * a.n + row] : lse;
     weights[s] = top == minus_infinity<A>() ? A(0) : exp_(top - lse);
   }
   __syncthreads();
-  const A sum = sum_splits(a, splits, row, a.n, k, [&](int s) { return weights[s]; });
+  const A sum = sum_splits(a, sums, row, a.n, k, [&](int s) { return weights[s]; });
   if (k >= a.d || threadIdx.x >= kSumColumns) return;
   const A factor = A(Ring<S>(a, a.cursor).row_weight()) * a.scale;
-  store_as(a.output, a.d_queries, int64_t(row) * a.d + k, factor * (sum - to_acc(positive[k])));
+  const A own = expm1_(shared_positive - lse) * to_acc(positive[k]);
+  store_as(a.output, a.d_queries, int64_t(row) * a.d + k, factor * (sum + own));
 }
 
-// dp = scale * w * (sum over rows of P row - own query for a positive)
+// dp = scale * w * sum over rows of P row, the own query of a positive with P - 1
 template <class S>
 __device__ void finish_column(const Args<S>& a, int column, int chunk, bool refused) {
   using A = Acc<S>;
   const int k = chunk * kSumColumns + threadIdx.x % kSumColumns;
-  const A sum = sum_splits(a, a.gradient_local + a.gradient_bank, column, a.n * a.m, k,
-                           [](int) { return A(1); });
+  const A sum = sum_splits(a, a.gradient_local + a.gradient_bank + a.gradient_extra, column, a.n * a.m,
+                           k, [](int) { return A(1); });
   if (k >= a.d || threadIdx.x >= kSumColumns) return;
-  const A own = column % a.m ? A(0) : to_acc(a.local_queries[int64_t(column / a.m) * a.d + k]);
+  const int row = column / a.m;
+  const A own = column % a.m ? A(0)
+                             : expm1_(a.local_positive[row] - a.local_lse[row]) *
+                                   to_acc(a.local_queries[int64_t(row) * a.d + k]);
   const A factor = A(Ring<S>(a, a.position).row_weight()) * a.scale;
   store_as(a.output, a.d_passages, int64_t(column) * a.d + k,
-           refused ? not_a_number<A>() : factor * (sum - own));
+           refused ? not_a_number<A>() : factor * (sum + own));
 }
 
 // The loss, summed in the same order whatever runs beside it; and where the ring stands now.

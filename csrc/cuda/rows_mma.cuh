@@ -214,6 +214,15 @@ class BankedRowsMma {
 
   // bias[run][column]: scores of the runs' offsets mean_now - mean_of_run; eight columns a warp.
   __device__ void offset_scores(int column, int column_end) {
+    if (a.passage_bias != nullptr) {
+      for (int i = threadIdx.x; i < run_count * T::kColumns; i += kThreads) {
+        const int run = i / T::kColumns, c = i % T::kColumns;
+        if (column + c < column_end)
+          sh.bias[run][c] = a.passage_bias[int64_t(sh.runs[run].mean - 1) * a.n * a.m + column + c] *
+                            0.6931471805599453f;
+      }
+      return;
+    }
     constexpr int kEach = T::kColumns / kWarps;
     for (int i = 0; i < run_count; ++i) {
       const float* now = a.mean(0, 0);

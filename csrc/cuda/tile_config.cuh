@@ -26,7 +26,7 @@ struct MmaTile {
     float bias[kLocal][kBank];                // by kind of passage
     float mass[kLocal][kBank];
     float shrink[kLocal];
-    uint16_t weight[2][kLocal][kWeightStride];  // bank dtype: rounded, and what rounding left
+    uint16_t weight[kLocal][kWeightStride];  // bank dtype
   };
   static constexpr int kSharedBytes = (sizeof(Shared) + 15) / 16 * 16;
 };
@@ -47,6 +47,25 @@ struct RowsTile {
   static constexpr int kRuns = kRows / kMinOffsetBlock + 2;
   static constexpr int kWarpsDown = kRows / kWarpRows;
   static_assert(kWarpsDown * (kColumns / kWarpColumns) == kWarps, "a part for each warp");
+};
+
+// Hopper: kSlice elements of d a block, half of the vectors' where two blocks share them.
+template <int kSlice_, int kCluster_, int kStages_>
+struct HopperTile {
+  static constexpr int kSlice = kSlice_, kCluster = kCluster_;
+  static constexpr int kStages = kStages_;  // what 227 KiB of shared memory leave beside the locals
+  static constexpr int kLocal = 64;
+  static constexpr int kGroup = 128;            // threads of a warpgroup
+  static constexpr int kThreads = 4 * kGroup;   // one scores, two sum, one copies
+  static constexpr int kColumns = kSlice / 64;  // boxes of 64 vectors by 64 elements
+  static constexpr int kSums = kColumns / 2;    // boxes of a summing warpgroup: 32 registers each
+  static constexpr int kBoxBytes = 64 * 64 * 2;
+  static constexpr int kOperandBytes = kColumns * kBoxBytes;
+  static constexpr int kWeightBytes = 64 * 64 * 2;
+  // Of a thread; 512 in all is what a processor has.
+  static constexpr int kCopyRegisters = 40;
+  static constexpr int kSumRegisters = kSums > 3 ? 152 : 128;
+  static constexpr int kScoreRegisters = 512 - kCopyRegisters - 2 * kSumRegisters;
 };
 
 constexpr int kMaxStages = 3;  // two tiles in flight during a third

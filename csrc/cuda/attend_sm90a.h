@@ -1,0 +1,36 @@
+// When Hopper's own instructions are used, and the launch of attend_sm90a.cuh, compiled apart.
+#pragma once
+
+#include "attend_mma.h"
+#include "tensor_map.h"
+
+namespace contaccum {
+
+// Slots that share a row of biases and of masses must not be cut by tiles of kBoxRows; the arrays
+// of both, for both sides, take at most this much.
+constexpr int64_t kOffsetBytes = 5 << 19;
+constexpr int kOffsetSplits = 4;  // of the slots, in offset_gradients
+
+inline int64_t offset_array_bytes(const CudaStep& step) {
+  const Layout& y = step.layout;
+  const int64_t rows = std::max(1 + y.offset_blocks(), 1 + ceil_div(y.capacity, kBoxRows));
+  return rows * y.m * step.batch.n * int64_t(sizeof(float));
+}
+
+template <class S>
+bool takes_sm90a(const CudaStep& step, int64_t locals) {
+  constexpr int64_t kSmall = 16, kMaxDimHopper = 768;  // few locals: bytes decide, not products
+  if (!takes_tensor_cores<S>(step) || step.device.compute_capability != 90) return false;
+  if (locals <= kSmall || step.layout.d > kMaxDimHopper) return false;
+  if (!step.options.use_offsets || step.layout.capacity == 0) return true;
+  return step.layout.offset_block % kBoxRows == 0 && 4 * offset_array_bytes(step) <= kOffsetBytes;
+}
+
+// Blocks of a cluster: two share the elements of a long vector.
+inline int cluster_of(int64_t d) { return d <= 384 ? 1 : 2; }
+
+// False where the driver cannot describe the tensors.
+template <class S>
+bool launch_attend_sm90a(const Args<S>& a, bool queries, int splits, cudaStream_t stream);
+
+}  // namespace contaccum

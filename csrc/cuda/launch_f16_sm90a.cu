@@ -1,0 +1,7 @@
+#include "launch_sm90a.cuh"
+
+namespace contaccum {
+
+template bool launch_attend_sm90a(const Args<F16>&, bool, int, cudaStream_t);
+
+}  // namespace contaccum

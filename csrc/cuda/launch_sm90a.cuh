@@ -1,0 +1,59 @@
+// Launches of the kernels for sm_90a.
+#pragma once
+
+#include "attend_sm90a.cuh"
+#include "attend_sm90a.h"
+
+namespace contaccum {
+
+template <class S, bool kQuerySide>
+bool describe(const Args<S>& a, HopperMaps& maps) {
+  constexpr bool bf16 = std::is_same_v<S, Bf16>;
+  const int64_t m = a.m, n = a.n, capacity = a.capacity;
+  const S* locals = kQuerySide ? a.local_queries : a.local_passages;
+  const S* vectors = kQuerySide ? a.local_passages : a.local_queries;
+  const S* bank = kQuerySide ? a.passages : a.queries;
+  const int64_t kinds = kQuerySide ? m : 1;
+  if (capacity == 0) bank = vectors;  // never read
+  return describe_tensor(&maps.locals, bf16, locals, kQuerySide ? n : n * m, 1, a.d) &&
+         describe_tensor(&maps.local_vectors, bf16, vectors, n, kinds, a.d) &&
+         describe_tensor(&maps.bank, bf16, bank, capacity ? capacity : n, kinds, a.d);
+}
+
+template <class S, bool kQuerySide, class T>
+bool launch_hopper(const Args<S>& a, int splits, cudaStream_t stream) {
+  HopperMaps maps;
+  if (!describe<S, kQuerySide>(a, maps)) return false;
+  constexpr int bytes = sizeof(HopperShared<T>);
+  static_assert(bytes <= 227 << 10, "what a block may have");
+  const auto kernel = attend_sm90a<S, kQuerySide, T>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {T::kCluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim =
+      dim3(splits * T::kCluster, unsigned(ceil_div(kQuerySide ? a.n : a.n * a.m, T::kLocal)));
+  config.blockDim = dim3(T::kThreads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, a, maps);
+  return true;
+}
+
+template <class S, bool kQuerySide>
+bool launch_side_sm90a(const Args<S>& a, int splits, cudaStream_t stream) {
+  if (a.d <= 128) return launch_hopper<S, kQuerySide, HopperTile<128, 1, 6>>(a, splits, stream);
+  if (a.d <= 384) return launch_hopper<S, kQuerySide, HopperTile<384, 1, 3>>(a, splits, stream);
+  return launch_hopper<S, kQuerySide, HopperTile<384, 2, 3>>(a, splits, stream);
+}
+
+template <class S>
+bool launch_attend_sm90a(const Args<S>& a, bool queries, int splits, cudaStream_t stream) {
+  return queries ? launch_side_sm90a<S, true>(a, splits, stream)
+                 : launch_side_sm90a<S, false>(a, splits, stream);
+}
+
+}  // namespace contaccum

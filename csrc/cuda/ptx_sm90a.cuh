@@ -1,0 +1,187 @@
+// The instructions of sm_90a that CUDA C++ has no name for: bulk tensor copies, barriers in shared
+// memory, clusters, products of a warpgroup (four warps).
+#pragma once
+
+#include <cuda.h>
+
+#include <type_traits>
+
+#include "number.cuh"
+#include "ptx_mma.cuh"
+
+namespace contaccum {
+
+// --- clusters -----------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
+  return rank;
+}
+// The address of the same variable in the shared memory of another block of the cluster.
+__device__ __forceinline__ uint32_t shared_of(uint32_t address, uint32_t rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+// Every thread of the cluster, its earlier writes visible to all.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;\n" ::
+          : "memory");
+}
+
+// --- barriers in shared memory --------------------------------------------------------------------
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals)
+               : "memory");
+}
+// Initialised barriers become visible to the copy engine and to the cluster.
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+}
+// Arrive, and let the phase wait for so many bytes besides.
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void barrier_arrive_there(uint32_t barrier_there) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];\n" ::"r"(barrier_there)
+               : "memory");
+}
+// Until the phase of this parity is over; also sees what other blocks of the cluster wrote.
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra over;\n"
+      "bra again;\n"
+      "over:\n"
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+// Four numbers into another block's shared memory; its barrier counts the bytes.
+__device__ __forceinline__ void store_there(uint32_t there, float a, float b, float c, float d,
+                                            uint32_t barrier_there) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];\n" ::"r"(there),
+      "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier_there)
+      : "memory");
+}
+
+// --- named barriers: some of the warps of a block ---------------------------------------------------
+
+template <int kId, int kCount>
+__device__ __forceinline__ void named_sync() {
+  asm volatile("barrier.cta.sync %0, %1;\n" ::"n"(kId), "n"(kCount) : "memory");
+}
+template <int kId, int kCount>
+__device__ __forceinline__ bool named_any(bool mine) {
+  uint32_t any;
+  asm volatile(
+      "{\n"
+      ".reg .pred p, q;\n"
+      "setp.ne.u32 p, %1, 0;\n"
+      "barrier.cta.red.or.pred q, %2, %3, p;\n"
+      "selp.u32 %0, 1, 0, q;\n"
+      "}\n"
+      : "=r"(any)
+      : "r"(uint32_t(mine)), "n"(kId), "n"(kCount)
+      : "memory");
+  return any;
+}
+
+// --- registers: a warpgroup gives some back, another takes them ------------------------------------
+
+template <int kCount>
+__device__ __forceinline__ void registers_up_to() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kCount));
+}
+template <int kCount>
+__device__ __forceinline__ void registers_down_to() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kCount));
+}
+
+// --- the copy engine --------------------------------------------------------------------------------
+
+// A box of a (rows, kinds, d) tensor into shared memory; what lies outside the tensor is zero.
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int k, int kind,
+                                         int row, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, "
+      "{%2, %3, %4}], [%5];\n" ::"r"(to),
+      "l"(map), "r"(k), "r"(kind), "r"(row), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
+}
+// Ordinary stores to shared memory become visible to the tensor cores.
+__device__ __forceinline__ void fence_for_products() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+
+// --- products of a warpgroup ------------------------------------------------------------------------
+
+// Rows of 128 bytes, swizzled in eights: groups of eight rows lie 1024 bytes apart.
+__device__ __forceinline__ uint64_t matrix_at(uint32_t address) {
+  constexpr uint64_t kSwizzle128 = uint64_t(1) << 62, kEightRows = uint64_t(1024 >> 4) << 32;
+  return kSwizzle128 | kEightRows | uint64_t(1) << 16 | (address & 0x3ffff) >> 4;
+}
+
+__device__ __forceinline__ void products_begin() {
+  asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+}
+__device__ __forceinline__ void products_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
+}
+// The compiler may not move these registers across: products write them behind its back.
+template <int N>
+__device__ __forceinline__ void hold(float (&c)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(c[i])::"memory");
+}
+
+// c (64 x 64, float) = or += a (64 x 16) * b (16 x 64), both in shared memory. With kTransposed
+// their rows run along the 64 elements, else along the 16.
+#define CONTACCUM_PRODUCT(DTYPE)                                                              \
+  asm volatile(                                                                               \
+      "{\n"                                                                                   \
+      ".reg .pred add;\n"                                                                     \
+      "setp.ne.b32 add, %34, 0;\n"                                                            \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." DTYPE "." DTYPE                           \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "    \
+      "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, add, " \
+      "1, 1, %35, %35;\n"                                                                     \
+      "}\n"                                                                                   \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]),   \
+        "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]),            \
+        "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]),         \
+        "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]),         \
+        "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]),         \
+        "+f"(c[31])                                                                           \
+      : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)))
+
+template <class S, bool kTransposed>
+__device__ __forceinline__ void product_64x64(float (&c)[32], uint64_t a, uint64_t b, int add) {
+  if constexpr (std::is_same_v<S, Bf16>)
+    CONTACCUM_PRODUCT("bf16");
+  else
+    CONTACCUM_PRODUCT("f16");
+}
+#undef CONTACCUM_PRODUCT
+
+}  // namespace contaccum
