@@ -40,12 +40,15 @@ struct HopperMaps {
   CUtensorMap locals, local_vectors, bank;
 };
 
-template <class S, bool kQuerySide, class T>
+// The query side comes twice: what offsets need there would cost registers without them.
+enum class Side { queries, queries_with_offsets, passages };
+
+template <class S, Side kSide, class T>
 class AttendHopper {
+  static constexpr bool kQuerySide = kSide != Side::passages;
   using Shared = HopperShared<T>;
   using Walk = SlotWalk<S, kQuerySide>;
   static constexpr int kScores = 32;  // of a thread: 2 bank vectors x 16 locals
-  static constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
   static constexpr float kRoom = 8;  // a score may exceed the reference by a factor of 2^kRoom
   // Weights at the reference are 2^kShift: a half keeps its bits down to 2^-14 and ends at 2^16.
   static constexpr float kShift = !std::is_same_v<S, F16> ? 0 : kQuerySide ? 7 : 14;
@@ -157,7 +160,7 @@ class AttendHopper {
         p.id[h] = (t.local ? a.local_ids : a.ids)[int64_t(t.slot + r) * a.m +
                                                   (kQuerySide ? t.kind : 0)];
     }
-    if (t.mean >= 0 && threadIdx.x < T::kLocal) {
+    if (use_offsets() && t.mean >= 0 && threadIdx.x < T::kLocal) {
       const int64_t kind = kQuerySide ? int64_t(t.mean - 1) * a.m + t.kind : t.mean - 1;
       p.bias = first + int(threadIdx.x) < total
                    ? (kQuerySide ? a.query_bias : a.passage_bias)[kind * total + first + threadIdx.x]
@@ -166,6 +169,9 @@ class AttendHopper {
     return true;
   }
 
+  __device__ __forceinline__ bool use_offsets() const {
+    return kQuerySide ? kSide == Side::queries_with_offsets : a.use_offsets;
+  }
   __device__ __forceinline__ int my_row() const { return warp * 16 + lane / 4; }
   __device__ __forceinline__ int my_local(int j) const { return 8 * j + lane % 4 * 2; }  // and its neighbour
 
@@ -232,7 +238,8 @@ class AttendHopper {
     }
     named_sync<1, T::kGroup>();
     Walk walk(a, ring, split, splits);
-    unit = walk.first_unit;
+    first_unit = walk.first_unit;
+    unit = first_unit - 1;
     Prepared now{}, next{};
     float even[kScores] = {}, odd[kScores] = {};
     bool more = uniform(prepare(walk, now));
@@ -282,47 +289,35 @@ class AttendHopper {
   __device__ __forceinline__ void weigh(int i, const Prepared& p, float (&s)[kScores]) {
     const SlotTile& t = p.tile;
     const int buffer = i % 2;
-    claim(i);
-    if (kQuerySide && t.unit != unit && !t.local) close_units(t.unit);
-    const float scale = a.scale * kLog2e;
-#pragma unroll
-    for (int x = 0; x < kScores; ++x) s[x] *= scale;
-    const bool careful = t.local || t.count < kBoxRows || a.masked();
-    if (careful) leave_out(p, s);
+    const bool biased = use_offsets() && t.mean >= 0;
     bool raised = false;
-    const bool biased = t.mean >= 0;
-    if (kQuerySide && a.use_offsets && t.for_table) {
-      raise<1>(s, buffer);
-      add_weights(1, s, unit_sum);
+    float scale = a.scale * kLog2e, w[kScores];
+    claim(i);
+    if (kQuerySide && t.unit != unit) close_units(t.unit);
+    if (t.local || t.count < kBoxRows || a.masked()) leave_out(p, s);
+    if (kQuerySide && use_offsets() && t.for_table) {  // the table is without offsets
+      raise<1>(s, scale, w, buffer);
+      accumulate(w, unit_sum);
     }
     if (biased) {
-      if (threadIdx.x < T::kLocal) sh.bias[buffer][threadIdx.x] = p.bias;
-      named_sync<1, T::kGroup>();
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float2 b = *reinterpret_cast<const float2*>(&sh.bias[buffer][my_local(j)]);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          s[4 * j + 2 * h] += b.x;
-          s[4 * j + 2 * h + 1] += b.y;
-        }
-      }
+      add_bias(p, s, scale, buffer);
+      scale = 1;
     }
-    const bool table_too = kQuerySide && !a.use_offsets && t.for_table;
     if constexpr (kQuerySide) {
-      if (t.in_loss || table_too) {
-        raised = raise<0>(s, buffer);
-        to_weights(s);
-        if (table_too) accumulate(s, unit_sum);
-        if (t.in_loss) accumulate(s, sum);
-      }
+      raised = raise<0>(s, scale, w, buffer);
+      if (!use_offsets())
+        accumulate(w, unit_sum);
+      else if (t.in_loss)
+        accumulate(w, sum);
+      unit_in_loss = t.in_loss;
     } else {
+      const float top[2] = {p.lse[0] * kLog2e - kShift, p.lse[1] * kLog2e - kShift};
 #pragma unroll
-      for (int x = 0; x < kScores; ++x) s[x] = exp2f(s[x] - (p.lse[x / 2 % 2] * kLog2e - kShift));
+      for (int x = 0; x < kScores; ++x) w[x] = exp2_(s[x] * scale - top[x / 2 % 2]);
     }
-    if (biased && a.with_grad) store_mass(t, s);
-    if (t.local) drop_targets(t, s);
-    if (t.in_loss && a.with_grad) store_weights(buffer, s);
+    if (biased && a.with_grad) store_mass(t, w);
+    if (t.local) drop_targets(t, w);
+    if (t.in_loss && a.with_grad) store_weights(buffer, w);
     if (threadIdx.x == 0)
       sh.order[buffer] = !t.in_loss || !a.with_grad ? Order::skip
                          : raised                   ? Order::rescale_and_add
@@ -330,6 +325,21 @@ class AttendHopper {
     fence_for_products();
     __syncwarp();
     if (lane == 0) barrier_arrive(at(sh.weights_full[buffer]));
+  }
+
+  __device__ __forceinline__ void add_bias(const Prepared& p, float (&s)[kScores], float scale,
+                                           int buffer) {
+    if (threadIdx.x < T::kLocal) sh.bias[buffer][threadIdx.x] = p.bias;
+    named_sync<1, T::kGroup>();
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float2 b = *reinterpret_cast<const float2*>(&sh.bias[buffer][my_local(j)]);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        s[4 * j + 2 * h] = s[4 * j + 2 * h] * scale + b.x;
+        s[4 * j + 2 * h + 1] = s[4 * j + 2 * h + 1] * scale + b.y;
+      }
+    }
   }
 
   // No score where there is no vector or a false negative: the column holds the same passage as the
@@ -372,21 +382,6 @@ class AttendHopper {
     }
   }
 
-  __device__ __forceinline__ float2 reference(int which, int j) const {
-    const float2 r = *reinterpret_cast<const float2*>(&sh.reference[which][my_local(j)]);
-    return {fmaxf(r.x, -1e30f), fmaxf(r.y, -1e30f)};  // -inf minus -inf would be NaN
-  }
-  __device__ __forceinline__ void to_weights(float (&s)[kScores]) const {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float2 top = reference(0, j);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        s[4 * j + 2 * h] = exp2f(s[4 * j + 2 * h] - top.x);
-        s[4 * j + 2 * h + 1] = exp2f(s[4 * j + 2 * h + 1] - top.y);
-      }
-    }
-  }
   // sums: of the thread's 16 locals, over its bank vectors.
   __device__ __forceinline__ static void accumulate(const float (&w)[kScores], float (&sums)[16]) {
 #pragma unroll
@@ -394,35 +389,52 @@ class AttendHopper {
 #pragma unroll
       for (int e = 0; e < 2; ++e) sums[2 * j + e] += w[4 * j + e] + w[4 * j + 2 + e];
   }
-  __device__ __forceinline__ void add_weights(int which, const float (&s)[kScores], float (&sums)[16]) const {
+
+  // Weights: 2^(score - reference), of the loss (0) or of the table (1).
+  __device__ __forceinline__ void relate(int which, const float (&s)[kScores], float scale,
+                                         float (&x)[kScores]) const {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float2 top = reference(which, j);
-      sums[2 * j] += exp2f(s[4 * j] - top.x) + exp2f(s[4 * j + 2] - top.x);
-      sums[2 * j + 1] += exp2f(s[4 * j + 1] - top.y) + exp2f(s[4 * j + 3] - top.y);
+      float2 top = *reinterpret_cast<const float2*>(&sh.reference[which][my_local(j)]);
+      top = {fmaxf(top.x, -1e30f), fmaxf(top.y, -1e30f)};  // -inf minus -inf would be NaN
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        x[4 * j + 2 * h] = s[4 * j + 2 * h] * scale - top.x;
+        x[4 * j + 2 * h + 1] = s[4 * j + 2 * h + 1] * scale - top.y;
+      }
     }
   }
-
-  // Raise the references where a score exceeds them by too much, with all sums that hang on them.
-  // Without offsets the loss and the table share the references of the loss.
+  // Whether the references had to be raised, with all sums that hang on them: some weight is too
+  // large. Without offsets the loss and the table share the references of the loss.
   template <int which>
-  __device__ __forceinline__ bool raise(const float (&s)[kScores], int buffer) {
-    bool exceeds = false;
+  __device__ __forceinline__ bool raise(const float (&s)[kScores], float scale, float (&w)[kScores],
+                                        int buffer) {
+    bool raised = false;
+#pragma unroll 1
+    for (;; raised = true) {
+      relate(which, s, scale, w);
+      float most[8];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float2 top = *reinterpret_cast<const float2*>(&sh.reference[which][my_local(j)]);
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        exceeds |= s[4 * j + 2 * h] > top.x + (kShift + kRoom) ||
-                   s[4 * j + 2 * h + 1] > top.y + (kShift + kRoom);
+      for (int j = 0; j < 8; ++j)
+        most[j] = fmaxf(fmaxf(w[4 * j], w[4 * j + 1]), fmaxf(w[4 * j + 2], w[4 * j + 3]));
+      const float largest = fmaxf(fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3])),
+                                  fmaxf(fmaxf(most[4], most[5]), fmaxf(most[6], most[7])));
+      if (raised || !named_any<1, T::kGroup>(largest > kShift + kRoom)) break;
+      raise_references<which>(s, scale, buffer);
     }
-    if (!named_any<1, T::kGroup>(exceeds)) return false;
-    float raised[16];
+#pragma unroll
+    for (int x = 0; x < kScores; ++x) w[x] = exp2_(w[x]);
+    return raised;
+  }
+  template <int which>
+  __device__ __forceinline__ void raise_references(const float (&s)[kScores], float scale,
+                                                   int buffer) {
+    float top[16];
 #pragma unroll
     for (int j = 0; j < 8; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        float most = fmaxf(s[4 * j + e], s[4 * j + 2 + e]);
+        float most = fmaxf(s[4 * j + e], s[4 * j + 2 + e]) * scale;
 #pragma unroll
         for (int bit = 4; bit < 32; bit *= 2)
           most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, bit));
@@ -438,10 +450,10 @@ class AttendHopper {
         float most = before + kShift;
 #pragma unroll
         for (int w = 0; w < 4; ++w) most = fmaxf(most, column[w][l]);
-        const float top = most - kShift, factor = before == top ? 1.f : exp2f(before - top);
+        top[2 * j + e] = most - kShift;
+        const float factor = before == top[2 * j + e] ? 1.f : exp2_(before - top[2 * j + e]);
         if (which == 0) sum[2 * j + e] *= factor;
-        if (which == 1 || !a.use_offsets) unit_sum[2 * j + e] *= factor;
-        raised[2 * j + e] = top;
+        if (which == 1 || !use_offsets()) unit_sum[2 * j + e] *= factor;
         if (which == 0 && warp == 0 && lane < 4) sh.shrink[buffer][l] = factor;
       }
     named_sync<1, T::kGroup>();  // all have read the references that now change
@@ -449,9 +461,8 @@ class AttendHopper {
     for (int j = 0; j < 8; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
-        if (warp == 0 && lane < 4) sh.reference[which][my_local(j) + e] = raised[2 * j + e];
+        if (warp == 0 && lane < 4) sh.reference[which][my_local(j) + e] = top[2 * j + e];
     named_sync<1, T::kGroup>();
-    return true;
   }
 
   __device__ __forceinline__ void store_weights(int buffer, const float (&w)[kScores]) {
@@ -497,19 +508,22 @@ class AttendHopper {
   }
 
   // Table entries of units [unit, end): the first is what has been summed, the others are empty.
+  // Before the first unit come the local vectors, which have no entry.
   __device__ __forceinline__ void close_units(int end) {
-    if (a.incremental && unit < end) {
+    if (a.incremental) {
       const float whole = sum_columns(unit_sum);
-      const float top = sh.reference[a.use_offsets ? 1 : 0][threadIdx.x % T::kLocal];
-      for (int u = unit; u < end; ++u)
+      const float top = sh.reference[use_offsets() ? 1 : 0][threadIdx.x % T::kLocal];
+      const float lse = whole == 0 ? minus_infinity<float>() : (top + log2f(whole)) * kLn2;
+      for (int u = max(unit, first_unit); u < end; ++u)
         if (stores())
           a.unit_lse[int64_t(u) * a.n + first + threadIdx.x] =
-              u == unit && whole > 0 ? (top + log2f(whole)) * kLn2
-              : u == unit && !(whole == 0) ? whole  // NaN
-                                           : minus_infinity<float>();
+              u == unit ? lse : minus_infinity<float>();
     }
 #pragma unroll
-    for (int x = 0; x < 16; ++x) unit_sum[x] = 0;
+    for (int x = 0; x < 16; ++x) {
+      if (!use_offsets() && unit_in_loss) sum[x] += unit_sum[x];
+      unit_sum[x] = 0;
+    }
     unit = end;
   }
 
@@ -532,7 +546,7 @@ class AttendHopper {
     if constexpr (kQuerySide)
       a.query_mass[to] = sh.reference[0][threadIdx.x] + log2f(whole);
     else
-      a.passage_mass[to] = whole * exp2f(-kShift);
+      a.passage_mass[to] = whole * exp2_(-kShift);
   }
 
   // --- two warpgroups: weighted sums ---------------------------------------------------------------
@@ -593,7 +607,7 @@ class AttendHopper {
 
   __device__ __forceinline__ void store(int which, const float (&acc)[T::kSums][32]) {
     const int64_t from = int64_t(split) * total + first;
-    const float unshift = kQuerySide ? 1.f : exp2f(-kShift);
+    const float unshift = kQuerySide ? 1.f : exp2_(-kShift);
 #pragma unroll
     for (int c = 0; c < T::kSums; ++c)
 #pragma unroll
@@ -613,18 +627,19 @@ class AttendHopper {
   Shared& sh;
   const int rank, split, splits, total, first;
   const int lane, warp;  // warp: within its warpgroup
-  int unit = 0;
+  int first_unit = 0, unit = 0;
+  bool unit_in_loss = false;
   float (*column)[T::kLocal] = nullptr;    // by warp
   float sum[16] = {}, unit_sum[16] = {};  // by local vector, over the thread's bank vectors
 };
 
 // Grid (splits * kCluster, locals / 64), clusters of kCluster.
-template <class S, bool kQuerySide, class T>
+template <class S, Side kSide, class T>
 __global__ void __launch_bounds__(T::kThreads, 1)
     attend_sm90a(const Args<S> a, const __grid_constant__ HopperMaps maps) {
   extern __shared__ __align__(1024) char dynamic[];
-  const Ring<S> ring(a, kQuerySide ? a.cursor : a.position);
-  AttendHopper<S, kQuerySide, T>(a, ring, maps, dynamic).run();
+  const Ring<S> ring(a, kSide == Side::passages ? a.position : a.cursor);
+  AttendHopper<S, kSide, T>(a, ring, maps, dynamic).run();
 }
 
 }  // namespace contaccum

@@ -17,13 +17,32 @@ inline int64_t offset_array_bytes(const CudaStep& step) {
   return rows * y.m * step.batch.n * int64_t(sizeof(float));
 }
 
+// Whether biases and masses have arrays.
+template <class S>
+bool has_offset_arrays(const CudaStep& step) {
+  const Layout& y = step.layout;
+  return takes_tensor_cores<S>(step) && step.device.compute_capability == 90 &&
+         step.options.use_offsets && y.capacity > 0 && y.offset_block % kBoxRows == 0 &&
+         4 * offset_array_bytes(step) <= kOffsetBytes;
+}
+
 template <class S>
 bool takes_sm90a(const CudaStep& step, int64_t locals) {
   constexpr int64_t kSmall = 16, kMaxDimHopper = 768;  // few locals: bytes decide, not products
   if (!takes_tensor_cores<S>(step) || step.device.compute_capability != 90) return false;
   if (locals <= kSmall || step.layout.d > kMaxDimHopper) return false;
-  if (!step.options.use_offsets || step.layout.capacity == 0) return true;
-  return step.layout.offset_block % kBoxRows == 0 && 4 * offset_array_bytes(step) <= kOffsetBytes;
+  return !step.options.use_offsets || step.layout.capacity == 0 || has_offset_arrays<S>(step);
+}
+
+// A group's log-sum-exp is made from whole columns of eight within one tile of columns.
+template <class S>
+bool takes_rows_sm90a(const CudaStep& step) {
+  constexpr int64_t kFewRows = 1024;  // a block takes 128
+  const Layout& y = step.layout;
+  if (!takes_tensor_cores<S>(step) || step.device.compute_capability != 90) return false;
+  if (y.d > 768 || y.capacity < kFewRows) return false;
+  if (y.group * y.m % 8 != 0 || y.group * y.m > kBoxRows) return false;
+  return !step.options.use_offsets || has_offset_arrays<S>(step);
 }
 
 // Blocks of a cluster: two share the elements of a long vector.
@@ -32,5 +51,7 @@ inline int cluster_of(int64_t d) { return d <= 384 ? 1 : 2; }
 // False where the driver cannot describe the tensors.
 template <class S>
 bool launch_attend_sm90a(const Args<S>& a, bool queries, int splits, cudaStream_t stream);
+template <class S>
+bool launch_rows_sm90a(const Args<S>& a, cudaStream_t stream);
 
 }  // namespace contaccum

@@ -3,5 +3,6 @@
 namespace contaccum {
 
 template bool launch_attend_sm90a(const Args<Bf16>&, bool, int, cudaStream_t);
+template bool launch_rows_sm90a(const Args<Bf16>&, cudaStream_t);
 
 }  // namespace contaccum

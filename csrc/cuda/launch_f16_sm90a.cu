@@ -3,5 +3,6 @@
 namespace contaccum {
 
 template bool launch_attend_sm90a(const Args<F16>&, bool, int, cudaStream_t);
+template bool launch_rows_sm90a(const Args<F16>&, cudaStream_t);
 
 }  // namespace contaccum

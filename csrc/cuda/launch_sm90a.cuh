@@ -3,6 +3,7 @@
 
 #include "attend_sm90a.cuh"
 #include "attend_sm90a.h"
+#include "rows_sm90a.cuh"
 
 namespace contaccum {
 
@@ -20,13 +21,14 @@ bool describe(const Args<S>& a, HopperMaps& maps) {
          describe_tensor(&maps.bank, bf16, bank, capacity ? capacity : n, kinds, a.d);
 }
 
-template <class S, bool kQuerySide, class T>
-bool launch_hopper(const Args<S>& a, int splits, cudaStream_t stream) {
+template <class S, Side kSide, class T>
+bool launch_tile_sm90a(const Args<S>& a, int splits, cudaStream_t stream) {
+  constexpr bool kQuerySide = kSide != Side::passages;
   HopperMaps maps;
   if (!describe<S, kQuerySide>(a, maps)) return false;
   constexpr int bytes = sizeof(HopperShared<T>);
   static_assert(bytes <= 227 << 10, "what a block may have");
-  const auto kernel = attend_sm90a<S, kQuerySide, T>;
+  const auto kernel = attend_sm90a<S, kSide, T>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
@@ -43,17 +45,34 @@ bool launch_hopper(const Args<S>& a, int splits, cudaStream_t stream) {
   return true;
 }
 
-template <class S, bool kQuerySide>
+template <class S, Side kSide>
 bool launch_side_sm90a(const Args<S>& a, int splits, cudaStream_t stream) {
-  if (a.d <= 128) return launch_hopper<S, kQuerySide, HopperTile<128, 1, 6>>(a, splits, stream);
-  if (a.d <= 384) return launch_hopper<S, kQuerySide, HopperTile<384, 1, 3>>(a, splits, stream);
-  return launch_hopper<S, kQuerySide, HopperTile<384, 2, 3>>(a, splits, stream);
+  if (a.d <= 128) return launch_tile_sm90a<S, kSide, HopperTile<128, 1, 6>>(a, splits, stream);
+  if (a.d <= 384) return launch_tile_sm90a<S, kSide, HopperTile<384, 1, 3>>(a, splits, stream);
+  return launch_tile_sm90a<S, kSide, HopperTile<384, 2, 3>>(a, splits, stream);
 }
 
 template <class S>
 bool launch_attend_sm90a(const Args<S>& a, bool queries, int splits, cudaStream_t stream) {
-  return queries ? launch_side_sm90a<S, true>(a, splits, stream)
-                 : launch_side_sm90a<S, false>(a, splits, stream);
+  if (!queries) return launch_side_sm90a<S, Side::passages>(a, splits, stream);
+  return a.use_offsets ? launch_side_sm90a<S, Side::queries_with_offsets>(a, splits, stream)
+                       : launch_side_sm90a<S, Side::queries>(a, splits, stream);
+}
+
+template <class S>
+bool launch_rows_sm90a(const Args<S>& a, cudaStream_t stream) {
+  constexpr bool bf16 = std::is_same_v<S, Bf16>;
+  const int64_t m = a.m, n = a.n, capacity = a.capacity;
+  RowsMaps maps;
+  if (!describe_tensor(&maps.rows, bf16, a.queries, capacity, 1, a.d) ||
+      !describe_tensor(&maps.local_columns, bf16, a.local_passages, n * m, 1, a.d) ||
+      !describe_tensor(&maps.banked_columns, bf16, a.passages, capacity * m, 1, a.d))
+    return false;
+  static_assert(sizeof(RowsShared) <= 227 << 10, "what a block may have");
+  const auto kernel = banked_rows_sm90a<S>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(RowsShared));
+  kernel<<<(a.row_blocks + 1) / 2 * 2, kRowsThreads, sizeof(RowsShared), stream>>>(a, maps);
+  return true;
 }
 
 }  // namespace contaccum

@@ -147,7 +147,9 @@ Args<S> arrange(const CudaStep& step, Arena& arena) {
   }
   a.row_blocks =
       a.banked_rows || a.incremental
-          ? int(ceil_div(y.capacity, takes_rows_mma<S>(step) ? kRowsMma : kRowWarps * kTileRows<A>))
+          ? int(ceil_div(y.capacity, takes_rows_sm90a<S>(step) || takes_rows_mma<S>(step)
+                                         ? kRowsMma
+                                         : kRowWarps * kTileRows<A>))
           : 0;
 
   const int64_t splits = a.local_splits + a.bank_splits;  // at most kMaxSplits + 1
@@ -159,7 +161,7 @@ Args<S> arrange(const CudaStep& step, Arena& arena) {
   a.row_lse = arena.take<A>(a.banked_rows ? y.capacity : 0);
   a.part_max = arena.take<A>(splits * n);
   a.part_sum = arena.take<A>(splits * n);
-  if (a.use_offsets && (sm90a_queries || sm90a_passages)) {
+  if (has_offset_arrays<S>(step)) {
     a.query_extra = sm90a_queries ? kOffsetSplits : 0;
     a.gradient_extra = sm90a_passages && a.banked_rows ? kOffsetSplits : 0;
     const int64_t floats = offset_array_bytes(step) / int64_t(sizeof(float));
@@ -229,7 +231,8 @@ class Launcher {
     if (step_.options.rebuild == Rebuild::window && a_.capacity > 0)
       sum_window<S><<<ceil_div(a_.capacity, kThreads), kThreads, 0, stream_>>>(a_);
     const int64_t chunks = ceil_div(a_.d, kSumColumns), columns = int64_t(a_.n) * a_.m;
-    if (a_.query_bias != nullptr) score_offsets();
+    if constexpr (sizeof(S) == 2)
+      if (a_.query_bias != nullptr) score_offsets();
     attend(true, a_.local_splits + a_.bank_splits, a_.n);
     finish_queries<S><<<dim3(a_.n, a_.with_grad ? chunks : 1), kThreads, 0, stream_>>>(a_);
     if (a_.row_blocks > 0) score_rows();
@@ -247,13 +250,16 @@ class Launcher {
  private:
   void score_offsets() {
     const int64_t means = 1 + a_.offset_blocks, columns = int64_t(a_.n) * a_.m;
-    const int64_t tiles = bias_blocks(means * a_.m, a_.n) + bias_blocks(means, columns);
+    const int64_t tiles = bias_tiles(means * a_.m, a_.n) + bias_tiles(means, columns);
     offset_biases<S><<<tiles, kThreads, 0, stream_>>>(a_);
   }
 
-  void attend_hopper(bool queries, int splits, int64_t locals) {
-    if (!launch_attend_sm90a<S>(a_, queries, splits, stream_))
-      error_ = "the driver cannot describe tensors to the copy engine";
+  void check(bool described) {
+    if (!described) error_ = "the driver cannot describe tensors to the copy engine";
+  }
+
+  void attend_sm90a(bool queries, int splits, int64_t locals) {
+    check(launch_attend_sm90a<S>(a_, queries, splits, stream_));
     if (!a_.with_grad || (queries ? a_.query_extra : a_.gradient_extra) == 0) return;
     const dim3 grid(ceil_div(a_.d, kMassColumns), ceil_div(locals, kMassLocals), kOffsetSplits);
     if (queries)
@@ -264,7 +270,7 @@ class Launcher {
 
   void attend(bool queries, int splits, int64_t locals) {
     if constexpr (sizeof(S) == 2)
-      if (takes_sm90a<S>(step_, locals)) return attend_hopper(queries, splits, locals);
+      if (takes_sm90a<S>(step_, locals)) return attend_sm90a(queries, splits, locals);
     if constexpr (sizeof(S) == 2)
       if (takes_tensor_cores<S>(step_))
         return launch_attend_mma<S>(a_, step_.device, queries, splits, stream_);
@@ -290,8 +296,10 @@ class Launcher {
   }
 
   void score_rows() {
-    if constexpr (sizeof(S) == 2)
+    if constexpr (sizeof(S) == 2) {
+      if (takes_rows_sm90a<S>(step_)) return check(launch_rows_sm90a<S>(a_, stream_));
       if (takes_rows_mma<S>(step_)) return launch_rows_mma<S>(a_, step_.device, stream_);
+    }
     banked_rows<S, V><<<a_.row_blocks, kRowThreads, 0, stream_>>>(a_);
   }
 

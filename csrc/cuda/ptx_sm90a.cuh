@@ -50,17 +50,19 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
+// For barriers that hand a buffer back: no data goes with it.
 __device__ __forceinline__ void barrier_arrive_there(uint32_t barrier_there) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];\n" ::"r"(barrier_there)
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(barrier_there)
                : "memory");
 }
-// Until the phase of this parity is over; also sees what other blocks of the cluster wrote.
+// Until the phase of this parity is over. What the copy engine or store_there() wrote is then seen:
+// the barrier has counted its bytes.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra over;\n"
       "bra again;\n"
       "over:\n"
@@ -120,6 +122,15 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, "
       "{%2, %3, %4}], [%5];\n" ::"r"(to),
       "l"(map), "r"(k), "r"(kind), "r"(row), "r"(barrier)
+      : "memory");
+}
+// The same into both blocks of a cluster, at the same place; each has its barrier count the bytes.
+__device__ __forceinline__ void copy_box_to_both(uint32_t to, const CUtensorMap* map, int k, int kind,
+                                                 int row, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes."
+      "multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;\n" ::"r"(to),
+      "l"(map), "r"(k), "r"(kind), "r"(row), "r"(barrier), "h"(uint16_t(3))
       : "memory");
 }
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {

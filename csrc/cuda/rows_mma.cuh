@@ -219,7 +219,7 @@ class BankedRowsMma {
         const int run = i / T::kColumns, c = i % T::kColumns;
         if (column + c < column_end)
           sh.bias[run][c] = a.passage_bias[int64_t(sh.runs[run].mean - 1) * a.n * a.m + column + c] *
-                            0.6931471805599453f;
+                            kLn2;
       }
       return;
     }
