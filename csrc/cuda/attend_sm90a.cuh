@@ -191,7 +191,7 @@ class AttendHopper {
 #pragma unroll
       for (int k = 0; k < kBoxColumns / 16; ++k) {
         const int step = (c * T::kBoxBytes + k * 32) >> 4;  // 16 elements along the rows
-        product_64x64<S, false>(s, bank + step, locals + step, c + k > 0);
+        product<S, false>(s, bank + step, locals + step, c + k > 0);
       }
     products_commit();
   }
@@ -575,7 +575,7 @@ class AttendHopper {
 #pragma unroll
           for (int c = 0; c < T::kSums; ++c) {
             const int rows = k * 16 * 128 >> 4;
-            product_64x64<S, true>(acc[c], tile + (c * T::kBoxBytes >> 4) + rows, weights + rows, 1);
+            product<S, true>(acc[c], tile + (c * T::kBoxBytes >> 4) + rows, weights + rows, 1);
           }
         products_commit();
         products_wait<0>();

@@ -34,14 +34,15 @@ bool takes_sm90a(const CudaStep& step, int64_t locals) {
   return !step.options.use_offsets || step.layout.capacity == 0 || has_offset_arrays<S>(step);
 }
 
-// A group's log-sum-exp is made from whole columns of eight within one tile of columns.
+// A tile of columns holds whole groups of 8, 16, 32 or 64 columns.
 template <class S>
 bool takes_rows_sm90a(const CudaStep& step) {
   constexpr int64_t kFewRows = 1024;  // a block takes 128
   const Layout& y = step.layout;
   if (!takes_tensor_cores<S>(step) || step.device.compute_capability != 90) return false;
   if (y.d > 768 || y.capacity < kFewRows) return false;
-  if (y.group * y.m % 8 != 0 || y.group * y.m > kBoxRows) return false;
+  const int64_t columns = y.group * y.m;
+  if (columns != 8 && columns != 16 && columns != 32 && columns != kBoxRows) return false;
   return !step.options.use_offsets || has_offset_arrays<S>(step);
 }
 

@@ -59,6 +59,15 @@ bool launch_attend_sm90a(const Args<S>& a, bool queries, int splits, cudaStream_
                        : launch_side_sm90a<S, Side::queries>(a, splits, stream);
 }
 
+template <class S, class T>
+void launch_rows_tile(const Args<S>& a, const RowsMaps& maps, cudaStream_t stream) {
+  constexpr int bytes = sizeof(RowsShared<T>);
+  static_assert(bytes <= 227 << 10, "what a block may have");
+  const auto kernel = banked_rows_sm90a<S, T>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  kernel<<<(a.row_blocks + 1) / 2 * 2, T::kThreads, bytes, stream>>>(a, maps);
+}
+
 template <class S>
 bool launch_rows_sm90a(const Args<S>& a, cudaStream_t stream) {
   constexpr bool bf16 = std::is_same_v<S, Bf16>;
@@ -68,10 +77,10 @@ bool launch_rows_sm90a(const Args<S>& a, cudaStream_t stream) {
       !describe_tensor(&maps.local_columns, bf16, a.local_passages, n * m, 1, a.d) ||
       !describe_tensor(&maps.banked_columns, bf16, a.passages, capacity * m, 1, a.d))
     return false;
-  static_assert(sizeof(RowsShared) <= 227 << 10, "what a block may have");
-  const auto kernel = banked_rows_sm90a<S>;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(RowsShared));
-  kernel<<<(a.row_blocks + 1) / 2 * 2, kRowsThreads, sizeof(RowsShared), stream>>>(a, maps);
+  if (n * m <= kBoxRows)  // a tile of local columns, a tile for upkeep
+    launch_rows_tile<S, HopperRowsTile<2, 6>>(a, maps, stream);
+  else
+    launch_rows_tile<S, HopperRowsTile<4, 4>>(a, maps, stream);
   return true;
 }
 

@@ -69,6 +69,22 @@ inline int local_share(int splits, int64_t local, int64_t bank, int64_t tile) {
   return int(std::max<int64_t>(1, std::min(share, ceil_div(local, tile))));
 }
 
+// Slots of a unit where splits take whole units: the largest that shares the work nearly as evenly as
+// any, since closing a unit costs about a third of a tile.
+inline int unit_slots_sm90a(const Layout& y, int64_t n, int splits) {
+  const int64_t tiles = std::max<int64_t>(1, ceil_div(y.block, kBoxRows));
+  int64_t best = tiles, best_cost = 0;
+  for (int64_t parts = 1; parts <= tiles; ++parts) {
+    const int64_t unit = ceil_div(tiles, parts), units = y.blocks() * ceil_div(tiles, unit);
+    if (parts > 1 && units * n * int64_t(sizeof(float)) > kUnitBytes) break;
+    const int64_t cost = ceil_div(units, splits) * (3 * unit + 1);
+    if (parts > 1 && cost >= best_cost) continue;
+    best = unit;
+    best_cost = cost;
+  }
+  return int(best * kBoxRows);
+}
+
 template <class S>
 Args<S> arrange(const CudaStep& step, Arena& arena) {
   using A = Acc<S>;
@@ -121,10 +137,7 @@ Args<S> arrange(const CudaStep& step, Arena& arena) {
   if (sm90a_queries) {
     a.local_splits = 0;  // each split takes its share of both
     a.bank_splits = query_splits;
-    const int64_t entry_bytes = std::max<int64_t>(1, y.blocks()) * n * int64_t(sizeof(A));
-    const int64_t fit = std::max<int64_t>(1, kUnitBytes / entry_bytes);
-    const int64_t parts = std::min(ceil_div(y.block, 2 * kBoxRows), fit);
-    a.unit_slots = int(ceil_div(ceil_div(y.block, parts), kBoxRows) * kBoxRows);
+    a.unit_slots = unit_slots_sm90a(y, n, query_splits);
     a.parts = Divisor(int(ceil_div(y.block, a.unit_slots)));
   } else if (y.capacity > 0) {
     const int64_t wanted = std::max(1, query_splits - a.local_splits);

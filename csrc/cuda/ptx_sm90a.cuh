@@ -166,33 +166,83 @@ __device__ __forceinline__ void hold(float (&c)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(c[i])::"memory");
 }
 
-// c (64 x 64, float) = or += a (64 x 16) * b (16 x 64), both in shared memory. With kTransposed
-// their rows run along the 64 elements, else along the 16.
-#define CONTACCUM_PRODUCT(DTYPE)                                                              \
-  asm volatile(                                                                               \
-      "{\n"                                                                                   \
-      ".reg .pred add;\n"                                                                     \
-      "setp.ne.b32 add, %34, 0;\n"                                                            \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." DTYPE "." DTYPE                           \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "    \
-      "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, add, " \
-      "1, 1, %35, %35;\n"                                                                     \
-      "}\n"                                                                                   \
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]),   \
-        "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]),            \
-        "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]),         \
-        "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]),         \
-        "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]),         \
-        "+f"(c[31])                                                                           \
-      : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)))
+// c (64 x N, float) = or += a (64 x 16) * b (16 x N), both in shared memory. With kTransposed their rows
+// run along the 64 and N elements, else along the 16.
+#define CONTACCUM_C8(c, i)                                                                      \
+  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]),  \
+      "+f"(c[i + 6]), "+f"(c[i + 7])
+#define CONTACCUM_C32(c, i) \
+  CONTACCUM_C8(c, i), CONTACCUM_C8(c, i + 8), CONTACCUM_C8(c, i + 16), CONTACCUM_C8(c, i + 24)
+// The names of 32 registers, and of the operands behind the last of them.
+#define CONTACCUM_R0 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "  \
+  "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define CONTACCUM_R32 \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, "  \
+  "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define CONTACCUM_R64 \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, "  \
+  "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define CONTACCUM_R96 \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "     \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define CONTACCUM_PRODUCT(N, DTYPE, REGISTERS, A, B, ADD, TRANSPOSED)                           \
+  "{\n"                                                                                         \
+  ".reg .pred add;\n"                                                                           \
+  "setp.ne.b32 add, %" ADD ", 0;\n"                                                             \
+  "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." DTYPE "." DTYPE " {" REGISTERS "}, %" A       \
+  ", %" B ", add, 1, 1, %" TRANSPOSED ", %" TRANSPOSED ";\n"                                    \
+  "}\n"
 
 template <class S, bool kTransposed>
-__device__ __forceinline__ void product_64x64(float (&c)[32], uint64_t a, uint64_t b, int add) {
+__device__ __forceinline__ void product(float (&c)[32], uint64_t a, uint64_t b, int add) {
   if constexpr (std::is_same_v<S, Bf16>)
-    CONTACCUM_PRODUCT("bf16");
+    asm volatile(CONTACCUM_PRODUCT("64", "bf16", CONTACCUM_R0, "32", "33", "34", "35")
+                 : CONTACCUM_C32(c, 0)
+                 : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
   else
-    CONTACCUM_PRODUCT("f16");
+    asm volatile(CONTACCUM_PRODUCT("64", "f16", CONTACCUM_R0, "32", "33", "34", "35")
+                 : CONTACCUM_C32(c, 0)
+                 : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
 }
+template <class S, bool kTransposed>
+__device__ __forceinline__ void product(float (&c)[2][32], uint64_t a, uint64_t b, int add) {
+  if constexpr (std::is_same_v<S, Bf16>)
+    asm volatile(CONTACCUM_PRODUCT("128", "bf16", CONTACCUM_R0 ", " CONTACCUM_R32, "64", "65", "66",
+                                   "67")
+                 : CONTACCUM_C32(c[0], 0), CONTACCUM_C32(c[1], 0)
+                 : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
+  else
+    asm volatile(CONTACCUM_PRODUCT("128", "f16", CONTACCUM_R0 ", " CONTACCUM_R32, "64", "65", "66",
+                                   "67")
+                 : CONTACCUM_C32(c[0], 0), CONTACCUM_C32(c[1], 0)
+                 : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
+}
+template <class S, bool kTransposed>
+__device__ __forceinline__ void product(float (&c)[4][32], uint64_t a, uint64_t b, int add) {
+  if constexpr (std::is_same_v<S, Bf16>)
+    asm volatile(CONTACCUM_PRODUCT("256", "bf16",
+                                   CONTACCUM_R0 ", " CONTACCUM_R32 ", " CONTACCUM_R64
+                                                ", " CONTACCUM_R96,
+                                   "128", "129", "130", "131")
+                 : CONTACCUM_C32(c[0], 0), CONTACCUM_C32(c[1], 0), CONTACCUM_C32(c[2], 0),
+                   CONTACCUM_C32(c[3], 0)
+                 : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
+  else
+    asm volatile(CONTACCUM_PRODUCT("256", "f16",
+                                   CONTACCUM_R0 ", " CONTACCUM_R32 ", " CONTACCUM_R64
+                                                ", " CONTACCUM_R96,
+                                   "128", "129", "130", "131")
+                 : CONTACCUM_C32(c[0], 0), CONTACCUM_C32(c[1], 0), CONTACCUM_C32(c[2], 0),
+                   CONTACCUM_C32(c[3], 0)
+                 : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
+}
+#undef CONTACCUM_C8
+#undef CONTACCUM_C32
+#undef CONTACCUM_R0
+#undef CONTACCUM_R32
+#undef CONTACCUM_R64
+#undef CONTACCUM_R96
 #undef CONTACCUM_PRODUCT
 
 }  // namespace contaccum

@@ -1,9 +1,10 @@
 // Banked rows x local columns on Hopper's tensor cores; what rows.cuh computes, for 16-bit banks of
 // d <= 768.
 //
-// - A block holds 128 bank rows in shared memory and walks over all columns they meet, 64 at a time:
-//   the local ones, then the slots that upkeep needs. Columns stream by slices of 64 elements.
-// - The two blocks of a cluster need the same columns: each fetches every other slice for both.
+// - A block owns 128 bank rows and walks over all columns they meet: the local ones, then the slots
+//   that upkeep needs. Up to four tiles of 64 columns, which may lie anywhere, make one product. Rows
+//   and columns stream through shared memory by slices of 64 elements of d.
+// - The two blocks of a cluster need the same columns: each fetches every other tile for both.
 // - A warpgroup has 64 rows. A thread carries the sums of two rows over its columns from one tile to
 //   the next in registers; the four lanes of a row meet only where a range of columns ends.
 #pragma once
@@ -103,12 +104,13 @@ struct RowsMaps {
   CUtensorMap rows, local_columns, banked_columns;
 };
 
+template <class T>
 struct RowsShared {
-  char rows[kRowsMaxSlices][2][kRowsBoxBytes];  // first: boxes must be aligned to 1024 bytes
-  char columns[kRowsStages][kRowsBoxBytes];
-  int64_t column_id[2][kBoxRows];  // by warpgroup
-  double losses[2 * kRowsGroup / 32];
-  uint64_t rows_full[kRowsMaxSlices], full[kRowsStages], empty[kRowsStages];
+  char rows[T::kStages][2][T::kBoxBytes];  // first: boxes must be aligned to 1024 bytes
+  char columns[T::kStages][T::kTiles][T::kBoxBytes];
+  int64_t column_id[2][T::kTiles][kBoxRows];  // by warpgroup
+  double losses[T::kWarpsScoring];
+  uint64_t full[T::kStages], empty[T::kStages];
 };
 
 // A log-sum-exp under construction, base 2, of one thread's columns.
@@ -137,36 +139,40 @@ struct Lse2 {
   }
 };
 
-template <class S>
+template <class S, class T>
 class BankedRowsHopper {
+  using Shared = RowsShared<T>;
+
  public:
   __device__ BankedRowsHopper(const Args<S>& args, const Ring<S>& r, const RowsMaps& maps_, char* raw,
                               bool upkeep_)
       : a(args),
         ring(r),
         maps(maps_),
-        sh(*reinterpret_cast<RowsShared*>(raw)),
+        sh(*reinterpret_cast<Shared*>(raw)),
         upkeep(upkeep_),
         rank(int(cluster_rank())),
         slices((args.d + kBoxColumns - 1) / kBoxColumns),
         lane(threadIdx.x % 32),
-        group(threadIdx.x / kRowsGroup) {}
+        group(threadIdx.x / T::kGroup) {}
 
   __device__ double run() {
     if (threadIdx.x == 0) {
-      for (int s = 0; s < slices; ++s) barrier_init(at(sh.rows_full[s]), 1);
-      for (int s = 0; s < kRowsStages; ++s) {
+      for (int s = 0; s < T::kStages; ++s) {
         barrier_init(at(sh.full[s]), 1);
-        barrier_init(at(sh.empty[s]), 2 * 2 * kRowsGroup / 32);  // warps of both blocks
+        barrier_init(at(sh.empty[s]), 2 * T::kWarpsScoring);  // of both blocks
       }
       barrier_init_fence();
     }
     cluster_sync();
     double loss = 0;
-    if (__shfl_sync(0xffffffffu, group, 0) < 2)
+    if (uniform(group < 2)) {
+      registers_up_to<T::kScoreRegisters>();
       loss = score();
-    else if (lane == 0)
-      copy();
+    } else {
+      registers_down_to<T::kCopyRegisters>();
+      if (threadIdx.x == 2 * T::kGroup) copy();
+    }
     __syncwarp();
     cluster_sync();  // neither block leaves while the other may write to it
     return loss;
@@ -183,175 +189,234 @@ class BankedRowsHopper {
   __device__ void copy() {
     int done = 0;
     ColumnWalk<S> walk(a, ring, upkeep);
-    for (bool first = true; walk.next(); first = false)
-      for (int s = 0; s < slices; ++s, ++done) {
-        if (first) {
-          barrier_expect(at(sh.rows_full[s]), 2 * kRowsBoxBytes);
-          for (int h = 0; h < 2; ++h)
-            copy_box(shared_address(sh.rows[s][h]), &maps.rows, s * kBoxColumns, 0,
-                     (blockIdx.x * 2 + h) * kBoxRows, at(sh.rows_full[s]));
-        }
-        const int stage = done % kRowsStages, before = done - kRowsStages;
-        const bool fetches = done % 2 == rank;
-        if (before >= 0) {
-          // The blocks take turns with a stage: each hears of every other slice that leaves it.
-          if (fetches)
-            barrier_wait(at(sh.empty[stage]), before / (2 * kRowsStages) & 1);
-          else
-            barrier_wait(at(sh.full[stage]), before / kRowsStages & 1);
-        }
-        barrier_expect(at(sh.full[stage]), kRowsBoxBytes);
-        if (fetches)
-          copy_box_to_both(shared_address(sh.columns[stage]),
-                           walk.tile.local ? &maps.local_columns : &maps.banked_columns,
-                           s * kBoxColumns, 0, walk.tile.begin, at(sh.full[stage]));
+    bool more = walk.next();
+    while (more) {
+      const CUtensorMap* map[T::kTiles];
+      int begin[T::kTiles], tiles = 0;
+#pragma unroll
+      for (int q = 0; q < T::kTiles; ++q) {
+        if (!more) continue;
+        map[q] = walk.tile.local ? &maps.local_columns : &maps.banked_columns;
+        begin[q] = walk.tile.begin;
+        ++tiles;
+        more = walk.next();
       }
+      for (int s = 0; s < slices; ++s, ++done) {
+        const int stage = done % T::kStages;
+        const uint32_t full = at(sh.full[stage]);
+        // Both blocks have used what the stage held: either may now write to both.
+        if (done >= T::kStages) barrier_wait(at(sh.empty[stage]), (done / T::kStages - 1) & 1);
+        barrier_expect(full, (2 + tiles) * T::kBoxBytes);
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          copy_box(shared_address(sh.rows[stage][h]), &maps.rows, s * kBoxColumns, 0,
+                   (blockIdx.x * 2 + h) * kBoxRows, full);
+#pragma unroll
+        for (int q = 0; q < T::kTiles; ++q)
+          if (q < tiles && q % 2 == rank)
+            copy_box_to_both(shared_address(sh.columns[stage][q]), map[q], s * kBoxColumns, 0,
+                             begin[q], full);
+      }
+    }
   }
 
   // --- two warpgroups: scores, log-sum-exps -----------------------------------------------------------
 
-  __device__ double score() {
-    const int warp = threadIdx.x / 32 % 4;
-    int slot[2], bias_row[2] = {};
+  // What a thread keeps of its two rows.
+  struct Rows {
+    int slot[2], bias[2] = {};
     int64_t positive_id[2] = {-1, -1};
     bool valid[2];
     Lse<float> fresh[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      slot[h] = (blockIdx.x * 2 + group) * kBoxRows + warp * 16 + lane / 4 + 8 * h;
-      valid[h] = slot[h] < ring.fill;
-      if (!valid[h]) continue;
-      if (a.masked()) positive_id[h] = a.ids[int64_t(slot[h]) * a.m];
-      if (a.use_offsets && a.banked_rows) bias_row[h] = ring.mean_of(slot[h]) - 1;
-      if (upkeep) {
-        fresh[h].max = a.row(kFreshMax)[slot[h]];
-        fresh[h].sum = a.row(kFreshSum)[slot[h]];
-      }
-    }
-    const bool leader = lane % 4 == 0;
-    const bool offsets = a.use_offsets && a.banked_rows;
-    const float scale = a.scale * kLog2e;
     Lse2 loss[2], piece[2];
     float rest[2] = {minus_infinity<float>(), minus_infinity<float>()};
-    int row = 0, done = 0;
-    const Ring<S> after = ring.after();
-    ColumnWalk<S> walk(a, ring, upkeep);
-    while (__shfl_sync(0xffffffffu, int(walk.next()), 0)) {
-      const ColumnTile& t = walk.tile;
-      if (a.masked()) {  // for all threads of the warpgroup, below
-        const int l = threadIdx.x % kRowsGroup;
-        if (l < kBoxRows && t.begin + l < t.end)
-          sh.column_id[group][l] = (t.local ? a.local_ids : a.ids)[t.begin + l];
-      }
-      float s[32];
-      multiply(done, s);
-      if (a.masked()) sync_group();
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-#pragma unroll
-        for (int x = 0; x < 4; ++x) {
-          const int h = x / 2, c = my_column(j) + x % 2;
-          float& score = s[4 * j + x];
-          score *= scale;
-          bool out = t.begin + c >= t.end;
-          if (a.masked() && !out)
-            out = positive_id[h] != -1 && sh.column_id[group][c] == positive_id[h] &&
-                  (t.local || t.begin + c != slot[h] * a.m);
-          if (out) score = minus_infinity<float>();
-        }
-      if (a.masked()) sync_group();  // before the ids of the next tile
-      if (t.kind == ColumnTile::groups) {
-        keep_groups(t, s, slot, valid, leader);
-        continue;
-      }
-      add_tile(s, piece);
-      if (offsets && t.local) add_biased_tile(t, s, bias_row, loss);
-      if (!t.ends) continue;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        piece[h].merge_lanes();
-        if (t.local && !offsets) loss[h].add(piece[h].max, piece[h].sum);
-        const Lse<float> sum = piece[h].natural();
-        piece[h] = Lse2{};
-        if (!t.local) {
-          rest[h] = sum.value();
-          continue;
-        }
-        fresh[h].add(sum);
-        const int to = upkeep ? ring.slot_of(row) : 0, rows = t.row_end - row;
-        if (upkeep && to + rows == ring.block_end(to / a.block)) {
-          if (leader && valid[h])
-            a.block_lse[int64_t(to / a.block) * a.capacity + slot[h]] = fresh[h].value();
-          fresh[h] = Lse<float>{};
-        }
-      }
-      if (t.local) row = t.row_end;
-    }
-    double total = 0;
+    int batch_row = 0;  // those before it have been dealt with
+  };
+
+  __device__ __forceinline__ double score() {
+    Rows r;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (offsets) loss[h].merge_lanes();
-      if (!leader || !valid[h]) continue;
+      const int warp = threadIdx.x / 32 % 4;
+      r.slot[h] = (blockIdx.x * 2 + group) * kBoxRows + warp * 16 + lane / 4 + 8 * h;
+      r.valid[h] = r.slot[h] < ring.fill;
+      if (!r.valid[h]) continue;
+      if (a.masked()) r.positive_id[h] = a.ids[int64_t(r.slot[h]) * a.m];
+      if (with_offsets()) r.bias[h] = ring.mean_of(r.slot[h]) - 1;
       if (upkeep) {
-        a.row(kFreshMax)[slot[h]] = fresh[h].max;
-        a.row(kFreshSum)[slot[h]] = fresh[h].sum;
-        a.row(kOldLse)[slot[h]] = rest[h];
+        r.fresh[h].max = a.row(kFreshMax)[r.slot[h]];
+        r.fresh[h].sum = a.row(kFreshSum)[r.slot[h]];
       }
-      if (!a.banked_rows || !ring.in_window(slot[h])) continue;
-      Lse<float> whole = loss[h].natural();
-      whole.add_lse(a.row(a.banked_columns ? kRowLse : kPositive)[slot[h]]);
-      const float lse = whole.value();
-      a.row_lse[slot[h]] = lse;
-      total += double(lse) - double(a.row(kPositive)[slot[h]]);
     }
-    return total;
-  }
-
-  __device__ int my_column(int j) const { return 8 * j + lane % 4 * 2; }
-  __device__ void sync_group() const {
-    if (group == 0)
-      named_sync<1, kRowsGroup>();
-    else
-      named_sync<2, kRowsGroup>();
-  }
-
-  // The scores of the warpgroup's 64 rows and the 64 columns of a tile. `done` counts slices.
-  __device__ __forceinline__ void multiply(int& done, float (&s)[32]) {
+    int done = 0;
+    float s[T::kTiles][32];
+    ColumnWalk<S> walk(a, ring, upkeep), ahead(a, ring, upkeep);
+    bool more = uniform(walk.next());
+    while (more) {
+      int64_t id[T::kTiles / 2];
+      if (a.masked()) ask_for_ids(ahead, id);
+      multiply(done, s);
+      if (a.masked()) share_ids(id);
+      // One copy of the code for all tiles, or it would not fit the instruction cache: 32 moves are
+      // cheaper.
+#pragma unroll 1
+      for (int q = 0; q < T::kTiles && more; ++q) {
+        float tile[32];
 #pragma unroll
-    for (int x = 0; x < 32; ++x) s[x] = 0;
-    const bool first = done == 0;
+        for (int p = 0; p < T::kTiles; ++p)
+          if (p == q)
+#pragma unroll
+            for (int x = 0; x < 32; ++x) tile[x] = s[p][x];
+        add_tile(walk.tile, q, tile, r);
+        more = uniform(walk.next());
+      }
+      if (a.masked()) sync_group();  // before the ids of the next tiles
+    }
+    return finish(r);
+  }
+
+  // For conditions that are the same in all lanes but not known to be: lanes that might part cannot
+  // exchange anything without coming together first.
+  __device__ __forceinline__ static bool uniform(bool x) { return __any_sync(0xffffffffu, x); }
+  __device__ __forceinline__ bool with_offsets() const { return a.use_offsets && a.banked_rows; }
+  __device__ __forceinline__ bool leads() const { return lane % 4 == 0; }
+  __device__ __forceinline__ int my_column(int j) const { return 8 * j + lane % 4 * 2; }
+  __device__ __forceinline__ void sync_group() const {
+    if (group == 0)
+      named_sync<1, T::kGroup>();
+    else
+      named_sync<2, T::kGroup>();
+  }
+
+  // Ids of the next columns: half of the warpgroup asks for those of every other tile.
+  __device__ __forceinline__ void ask_for_ids(ColumnWalk<S>& ahead, int64_t (&id)[T::kTiles / 2]) {
+    const int half = threadIdx.x / kBoxRows % 2, l = threadIdx.x % kBoxRows;
+#pragma unroll
+    for (int q = 0; q < T::kTiles; ++q) {
+      const ColumnTile& t = ahead.tile;
+      if (!ahead.next() || q % 2 != half) continue;
+      id[q / 2] = t.begin + l < t.end ? (t.local ? a.local_ids : a.ids)[t.begin + l] : -1;
+    }
+  }
+  __device__ __forceinline__ void share_ids(const int64_t (&id)[T::kTiles / 2]) {
+    const int half = threadIdx.x / kBoxRows % 2, l = threadIdx.x % kBoxRows;
+#pragma unroll
+    for (int q = 0; q < T::kTiles / 2; ++q) sh.column_id[group][2 * q + half][l] = id[q];
+    sync_group();
+  }
+
+  // The scores of the warpgroup's 64 rows and the columns of the next tiles. `done` counts slices.
+  __device__ __forceinline__ void multiply(int& done, float (&s)[T::kTiles][32]) {
+#pragma unroll
+    for (int q = 0; q < T::kTiles; ++q)
+#pragma unroll
+      for (int x = 0; x < 32; ++x) s[q][x] = 0;
+    hold_all(s);
     for (int i = 0; i < slices; ++i, ++done) {
-      const int stage = done % kRowsStages;
-      if (first) barrier_wait(at(sh.rows_full[i]), 0);
-      barrier_wait(at(sh.full[stage]), done / kRowsStages & 1);
-      hold(s);
+      const int stage = done % T::kStages;
+      barrier_wait(at(sh.full[stage]), done / T::kStages & 1);
       products_begin();
-      const uint64_t rows = matrix_at(shared_address(sh.rows[i][group]));
+      const uint64_t rows = matrix_at(shared_address(sh.rows[stage][group]));
       const uint64_t columns = matrix_at(shared_address(sh.columns[stage]));
 #pragma unroll
       for (int k = 0; k < kBoxColumns / 16; ++k)
-        product_64x64<S, false>(s, rows + (k * 32 >> 4), columns + (k * 32 >> 4), 1);
+        product<S, false>(s, rows + (k * 32 >> 4), columns + (k * 32 >> 4), 1);
       products_commit();
-      hold(s);
-      if (i > 0) {  // the slice before has been used
+      if (i > 0) {
         products_wait<1>();
         release(done - 1);
       }
     }
     products_wait<0>();
-    hold(s);
+    hold_all(s);
     release(done - 1);
   }
-  // To the block that fetches the next slice into the stage.
+  __device__ __forceinline__ static void hold_all(float (&s)[T::kTiles][32]) {
+#pragma unroll
+    for (int q = 0; q < T::kTiles; ++q) hold(s[q]);
+  }
   __device__ __forceinline__ void release(int used) {
     __syncwarp();
-    const int next = used + kRowsStages;
-    if (lane == 0)
-      barrier_arrive_there(shared_of(at(sh.empty[used % kRowsStages]), uint32_t(next % 2)));
+    const uint32_t empty = at(sh.empty[used % T::kStages]);
+    if (lane < 2) barrier_arrive_there(shared_of(empty, lane));
   }
 
-  // The thread's columns of the tile, to the sums of its two rows.
-  __device__ __forceinline__ static void add_tile(const float (&s)[32], Lse2 (&sums)[2]) {
+  // A tile's scores, to the sums of the thread's two rows.
+  __device__ __forceinline__ void add_tile(const ColumnTile& t, int q, float (&s)[32], Rows& r) {
+    const float scale = a.scale * kLog2e;
+#pragma unroll
+    for (int x = 0; x < 32; ++x) s[x] *= scale;
+    if (a.masked() || uniform(t.end - t.begin < kBoxRows)) leave_out(t, q, s, r);
+    if (uniform(t.kind == ColumnTile::groups)) return keep_groups(t, s, r);
+    add_columns(s, r.piece);
+    if (with_offsets() && uniform(t.local)) {
+      add_biases(t, s, r);
+      add_columns(s, r.loss);
+    }
+    if (!uniform(t.ends)) return;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      Lse2& piece = r.piece[h];
+      piece.merge_lanes();
+      if (t.local && !with_offsets()) r.loss[h].add(piece.max, piece.sum);
+      const Lse<float> sum = piece.natural();
+      piece = Lse2{};
+      if (!t.local) {
+        r.rest[h] = sum.value();
+        continue;
+      }
+      r.fresh[h].add(sum);
+      const int to = upkeep ? ring.slot_of(r.batch_row) : 0, rows = t.row_end - r.batch_row;
+      if (!upkeep || to + rows != ring.block_end(to / a.block)) continue;
+      if (leads() && r.valid[h])
+        a.block_lse[int64_t(to / a.block) * a.capacity + r.slot[h]] = r.fresh[h].value();
+      r.fresh[h] = Lse<float>{};
+    }
+    if (t.local) r.batch_row = t.row_end;
+  }
+
+  // No score where there is no column or a false negative.
+  __device__ __forceinline__ void leave_out(const ColumnTile& t, int q, float (&s)[32],
+                                            const Rows& r) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int c = my_column(j) + e;
+        const int64_t id = a.masked() ? sh.column_id[group][q][c] : -1;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const bool own = !t.local && t.begin + c == r.slot[h] * a.m;
+          if (t.begin + c >= t.end || (id != -1 && id == r.positive_id[h] && !own))
+            s[4 * j + 2 * h + e] = minus_infinity<float>();
+        }
+      }
+  }
+
+  // The loss of the thread's rows, of one thread of the four.
+  __device__ __forceinline__ double finish(Rows& r) {
+    double total = 0;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (with_offsets()) r.loss[h].merge_lanes();
+      if (!leads() || !r.valid[h]) continue;
+      const int slot = r.slot[h];
+      if (upkeep) {
+        a.row(kFreshMax)[slot] = r.fresh[h].max;
+        a.row(kFreshSum)[slot] = r.fresh[h].sum;
+        a.row(kOldLse)[slot] = r.rest[h];
+      }
+      if (!a.banked_rows || !ring.in_window(slot)) continue;
+      Lse<float> whole = r.loss[h].natural();
+      whole.add_lse(a.row(a.banked_columns ? kRowLse : kPositive)[slot]);
+      const float lse = whole.value();
+      a.row_lse[slot] = lse;
+      total += double(lse) - double(a.row(kPositive)[slot]);
+    }
+    return total;
+  }
+
+  __device__ __forceinline__ static void add_columns(const float (&s)[32], Lse2 (&sums)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float top = s[2 * h];
@@ -365,8 +430,8 @@ class BankedRowsHopper {
       sums[h].add(top, sum);
     }
   }
-  __device__ __forceinline__ void add_biased_tile(const ColumnTile& t, float (&s)[32],
-                                                  const int (&bias_row)[2], Lse2 (&sums)[2]) const {
+  __device__ __forceinline__ void add_biases(const ColumnTile& t, float (&s)[32],
+                                             const Rows& r) const {
     const int columns = a.n * a.m;
 #pragma unroll
     for (int h = 0; h < 2; ++h)
@@ -375,47 +440,60 @@ class BankedRowsHopper {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int c = min(t.begin + my_column(j) + e, columns - 1);
-          s[4 * j + 2 * h + e] += a.passage_bias[int64_t(bias_row[h]) * columns + c];
+          s[4 * j + 2 * h + e] += a.passage_bias[int64_t(r.bias[h]) * columns + c];
         }
-    add_tile(s, sums);
   }
 
-  // The tile's groups, each a log-sum-exp of its own, into the table.
-  __device__ __forceinline__ void keep_groups(const ColumnTile& t, const float (&s)[32],
-                                              const int (&slot)[2], const bool (&valid)[2],
-                                              bool leader) {
-    const int eights = a.group * a.m / 8;
+  // The tile's groups, each a log-sum-exp of its own, into the table. N: columns of a group / 8.
+  template <int N>
+  __device__ __forceinline__ void keep_groups_of(const ColumnTile& t, const float (&s)[32],
+                                                 const Rows& r) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      Lse2 sum;
-      int left = eights, k = 0;
+    for (int k = 0; k < 8 / N; ++k) {
+      float* const to = a.group_lse + int64_t(t.group + k) * a.capacity;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float x = s[4 * j + 2 * h], y = s[4 * j + 2 * h + 1];
-        const float top = fmaxf(x, y), from = fmaxf(top, -1e30f);
-        sum.add(top, exp2_(x - from) + exp2_(y - from));
-        if (--left > 0) continue;
-        sum.merge_lanes();
-        if (leader && valid[h] && k < t.count)
-          a.group_lse[int64_t(t.group + k) * a.capacity + slot[h]] = sum.natural().value();
-        sum = Lse2{};
-        left = eights;
-        ++k;
+      for (int h = 0; h < 2; ++h) {
+        float top = minus_infinity<float>(), sum = 0;
+#pragma unroll
+        for (int j = k * N; j < (k + 1) * N; ++j)
+          top = fmaxf(top, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+        const float from = fmaxf(top, -1e30f);  // -inf minus -inf would be NaN
+#pragma unroll
+        for (int j = k * N; j < (k + 1) * N; ++j)
+          sum += exp2_(s[4 * j + 2 * h] - from) + exp2_(s[4 * j + 2 * h + 1] - from);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (leads() && r.valid[h] && k < t.count) to[r.slot[h]] = (from + log2f(sum)) * kLn2;
       }
+    }
+  }
+  __device__ __forceinline__ void keep_groups(const ColumnTile& t, const float (&s)[32],
+                                              const Rows& r) {
+    switch (a.group * a.m / 8) {
+      case 1:
+        return keep_groups_of<1>(t, s, r);
+      case 2:
+        return keep_groups_of<2>(t, s, r);
+      case 4:
+        return keep_groups_of<4>(t, s, r);
+      default:
+        return keep_groups_of<8>(t, s, r);
     }
   }
 
   const Args<S>& a;
   const Ring<S>& ring;
   const RowsMaps& maps;
-  RowsShared& sh;
+  Shared& sh;
   const bool upkeep;
   const int rank, slices, lane, group;
 };
 
 // Grid (row_blocks, rounded up to clusters of two).
-template <class S>
-__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kRowsThreads, 1)
+template <class S, class T>
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(T::kThreads, 1)
     banked_rows_sm90a(const Args<S> a, const __grid_constant__ RowsMaps maps) {
   extern __shared__ __align__(1024) char dynamic[];
   const Ring<S> ring(a, a.position);
@@ -423,13 +501,13 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kRowsThreads, 1)
   double loss = 0;
   // Both blocks of a cluster stay or go.
   if (int(blockIdx.x / 2) * 4 * kBoxRows < ring.fill && (upkeep || a.banked_rows))
-    loss = BankedRowsHopper<S>(a, ring, maps, dynamic, upkeep).run();
-  double* losses = reinterpret_cast<RowsShared*>(dynamic)->losses;
+    loss = BankedRowsHopper<S, T>(a, ring, maps, dynamic, upkeep).run();
+  double* losses = reinterpret_cast<RowsShared<T>*>(dynamic)->losses;
   loss = warp_sum(loss);
-  if (threadIdx.x % 32 == 0 && threadIdx.x < 2 * kRowsGroup) losses[threadIdx.x / 32] = loss;
+  if (threadIdx.x % 32 == 0 && threadIdx.x < 2 * T::kGroup) losses[threadIdx.x / 32] = loss;
   __syncthreads();
   if (threadIdx.x != 0 || int(blockIdx.x) >= a.row_blocks) return;
-  for (int w = 1; w < 2 * kRowsGroup / 32; ++w) loss += losses[w];
+  for (int w = 1; w < T::kWarpsScoring; ++w) loss += losses[w];
   a.losses[a.n + blockIdx.x] = loss;
 }
 

@@ -68,12 +68,15 @@ struct HopperTile {
   static constexpr int kScoreRegisters = 512 - kCopyRegisters - 2 * kSumRegisters;
 };
 
-// Banked rows on Hopper: 128 rows by 768 elements are 192 KiB, which leaves three boxes of columns.
-constexpr int kRowsGroup = 128;  // threads of a warpgroup: two multiply, one warp copies
-constexpr int kRowsThreads = 2 * kRowsGroup + 32;
-constexpr int kRowsMaxSlices = 768 / 64, kRowsBoxBytes = 64 * 64 * 2;
-constexpr int kRowsStages = 3;
-static_assert(kRowsStages % 2 == 1, "the two blocks of a cluster take turns with a stage");
+// Banked rows on Hopper: 128 rows by kTiles * 64 columns, of which four are 128 registers of scores.
+template <int kTiles_, int kStages_>
+struct HopperRowsTile {
+  static constexpr int kTiles = kTiles_, kStages = kStages_;  // 192 KiB of slices in flight
+  static constexpr int kGroup = 128, kThreads = 3 * kGroup;   // two warpgroups score, one copies
+  static constexpr int kWarpsScoring = 2 * kGroup / 32;
+  static constexpr int kBoxBytes = 64 * 64 * 2;
+  static constexpr int kCopyRegisters = 56, kScoreRegisters = 224;
+};
 
 constexpr int kMaxStages = 3;  // two tiles in flight during a third
 constexpr int kMmaMaxDim = 1024;
