@@ -50,6 +50,15 @@ def test_the_messages_of_the_assembler():
     assert kernels[2].name == "_Z5plainv"
 
 
+def test_the_assemblers_own_complaints():
+    line = (
+        "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are "
+        "serialized due to insufficient register resources in function '_Z5plainv'"
+    )
+    assert ck.losses(LOG) == []
+    assert ck.losses(f"{LOG}{line}\n") == [line]
+
+
 @pytest.mark.skipif(
     not (shutil.which("c++filt") or shutil.which("cu++filt")), reason="no demangler"
 )

@@ -10,6 +10,7 @@ Every source of the [cuda] section is compiled for every architecture (what a bu
   the file names.  A kernel that spills more, or that is not there, fails; with another release the
   list is not applied.  ``--accept`` writes the file anew, for a reviewer to see in the diff.
 
+What the assembler itself calls a potential loss of performance is a fault too.
 Without ``--all`` the table leaves out kernels that keep to their registers.
 """
 
@@ -78,6 +79,11 @@ def parse(log: str) -> list[Kernel]:
             shared = re.search(r"(\d+) bytes smem", line)
             kernels[-1].shared = int(shared[1]) if shared else 0
     return kernels
+
+
+def losses(log: str) -> list[str]:
+    """Return the assembler's complaints, such as products on Hopper that wait for one another."""
+    return [line.strip() for line in log.splitlines() if "Potential Performance Loss" in line]
 
 
 def short_name(demangled: str) -> str:
@@ -191,8 +197,9 @@ def main() -> int:
         print("check_kernels: no nvcc found or wanted, nothing checked")
         return 0
     release = release_of(toolkit)
-    logs = [cuda_build.log_of(path) for path in cuda_build.compile_kernels(toolkit)]
-    kernels = [kernel for log in logs for kernel in parse(log.read_text(encoding="utf-8"))]
+    objects = cuda_build.compile_kernels(toolkit)
+    logs = [cuda_build.log_of(path).read_text(encoding="utf-8") for path in objects]
+    kernels = [kernel for log in logs for kernel in parse(log)]
     demangle(kernels)
     if options.accept:
         spilling = [k for k in kernels if any(k.local) and not must_not_spill(k)]
@@ -202,7 +209,7 @@ def main() -> int:
     print(table([k for k in kernels if options.all or any(k.local)]))
     if release != known.release:
         print(f"known_spills.txt is of nvcc {known.release}, this is {release}: not applied")
-    wrong = faults(kernels, known, release)
+    wrong = faults(kernels, known, release) + [line for log in logs for line in losses(log)]
     clean = sum(not any(k.local) for k in kernels)
     print(f"{len(kernels)} kernels with nvcc {release}, {clean} of them without local memory")
     for fault in wrong:

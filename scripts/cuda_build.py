@@ -87,6 +87,9 @@ def compile_kernels(toolkit: Path) -> list[Path]:
         if done.returncode != 0:
             print(done.stderr, file=sys.stderr)
             done.check_returncode()
+        for line in done.stderr.splitlines():
+            if "warning" in line:
+                print(line, file=sys.stderr)
         log.write_text(done.stderr, encoding="utf-8")
         return target
 
