@@ -210,7 +210,7 @@ class Twins:
             row_weight=row_weight,
             averaged=self.averaged,
         )
-        return bounds(sizes, accumulation_dtype(s.bank_dtype))
+        return bounds(sizes, s.bank_dtype, self.device)
 
     def run(self, step: Step) -> None:
         getattr(self, step.kind)(step)

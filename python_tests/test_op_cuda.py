@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from test_op_refusals import assert_refused, assert_same_state, state
@@ -102,7 +104,7 @@ def test_no_step_waits_for_the_device():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_tensor_cores_and_portable_kernels_agree(dtype, allow_tensor_cores):
-    """Both sum the same rounded vectors in float32."""
+    """Both sum the same rounded vectors in float32; one rounds their weights first."""
     case = {"capacity": 8192, "d": 128, "m": 1, "n": 40, "dtype": dtype}
     results = []
     for allowed in (True, False):
@@ -112,9 +114,12 @@ def test_tensor_cores_and_portable_kernels_agree(dtype, allow_tensor_cores):
         for i in range(250):  # a lap and a quarter
             step(bank, vectors[i % 40], ids[i % 40], out)
         results.append([x.double() for x in out])
+    # tolerances.py has the term. Scores of unit vectors have variance 1 / d, hence this mean square
+    # of the weights; a row's gradient is about as long as its target, which is not among them.
+    squares = math.exp(100 / case["d"]) / case["capacity"]
+    rounding = 6 * torch.finfo(dtype).eps / 2 * math.sqrt(squares)
     for a, b in zip(*results, strict=True):
-        # Weights are split into two halves of 16 bits: 2^-17 relative to a bf16 pair's sum.
-        assert (a - b).norm() <= 2**-14 * b.norm()
+        assert (a - b).norm() <= (rounding + 2**-14) * b.norm()
 
 
 @pytest.mark.parametrize("n", [8, 200])

@@ -127,7 +127,32 @@ class History:
         stored = (shares @ torch.stack(means).flatten(1)).unflatten(1, means[0].shape)
         return means[-1] - stored[block[-len(bank) :]]
 
-    def sizes(self, n: int) -> Sizes:
+    def weights(self, q: Tensor, p: Tensor, ids: Tensor | None) -> dict[str, float]:
+        """How the probabilities are spread that meet local vectors; see tolerances.py.
+
+        In float32: a bound is made of them.
+        """
+        bank, m, local = self.bank, self.case.m, q.shape[0]
+        used = slice(len(bank) - min(bank.window, len(bank)), None)
+        rows = torch.cat([q.float(), (bank.queries() + bank.query_offsets())[used]])
+        columns = torch.cat([p.float(), (bank.passages() + bank.passage_offsets())[used]])
+        scores = rows @ columns.flatten(0, 1).T / TAU
+        if ids is not None:
+            of_columns = torch.cat([ids, bank.passage_ids()[used]])
+            of_rows = of_columns[:, :1]
+            scores[(of_rows == of_columns.flatten()) & (of_rows != -1)] = -torch.inf
+        target = torch.arange(len(rows), device=self.device)
+        scores[target, target * m] = (rows * columns[:, 0]).sum(1) / TAU
+        weights = scores.softmax(1)
+        weights[target, target * m] = 0
+        columns = weights[:, : local * m]
+        return {
+            "row_spread": weights[:local].square().sum(1).max().sqrt().item(),
+            "column_spread": columns.square().sum(0).max().sqrt().item(),
+            "column_mass": 1 + columns.sum(0).max().item(),  # 1: the target
+        }
+
+    def sizes(self, n: int, **weights: float) -> Sizes:
         """What the bounds depend on: vectors have norm 1 up to their rounding."""
         bank, case = self.bank, self.case
         offsets = torch.cat([bank.query_offsets()[:, None], bank.passage_offsets()], 1).double()
@@ -142,6 +167,7 @@ class History:
             component=vectors + offsets.abs().max().item(),
             row_weight=1 / n,
             averaged=bank.layout.offset_block,
+            **weights,
         )
 
     def step(self, n: int) -> None:
@@ -157,7 +183,7 @@ class History:
             )
             runs.append((loss.detach(), *torch.autograd.grad(loss, given)))
         (exact_loss, *exact), (same_loss, *same) = runs
-        tol = bounds(self.sizes(n), accumulation_dtype(case.dtype))
+        tol = bounds(self.sizes(n, **self.weights(q, p, ids)), case.dtype, self.device)
         q, p = q.requires_grad_(), p.requires_grad_()
         loss = ca.contaccum_loss(q, p, bank, TAU, ids)
         dq, dp = torch.autograd.grad(loss, (q, p))
@@ -172,7 +198,7 @@ class History:
         assert torch.equal(bank.queries(), held[:, 0])
         assert torch.equal(bank.passages(), held[:, 1:])
         assert torch.equal(bank.passage_ids(), torch.cat(self.ids)[-bank.capacity :])
-        tol = bounds(self.sizes(1), accumulation_dtype(self.case.dtype))
+        tol = bounds(self.sizes(1), self.case.dtype, self.device)
         exact = self.exact_offsets()
         assert (bank.query_offsets() - exact[:, 0]).abs().max() <= tol.offset
         assert (bank.passage_offsets() - exact[:, 1:]).abs().max() <= tol.offset
