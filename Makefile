@@ -4,7 +4,7 @@ ARGS ?=
 SETUP = $(PYTHON) scripts/setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format wheel hooks clean
+.PHONY: help demo test bench lint format wheel check-kernels hooks clean
 
 help:
 	@echo "make demo    train and compare on small data; ARGS='...' goes to 'contaccum demo'"
@@ -12,6 +12,7 @@ help:
 	@echo "make bench   run the benchmarks; ARGS='...' goes to them"
 	@echo "make lint    check formats and types;  make format  repairs formats"
 	@echo "make wheel   build dist/*.whl and check it;  make hooks  installs the git hook"
+	@echo "make check-kernels   check registers and spills of the CUDA kernels; no GPU needed"
 	@echo "make clean   remove what was built (.venv stays)"
 
 demo:
@@ -34,6 +35,10 @@ wheel:
 	rm -rf build/lib* build/bdist* dist
 	@$(SETUP) python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@$(SETUP) python scripts/check_wheel.py dist/*.whl
+
+# Asks for nothing but Python's standard library and nvcc.
+check-kernels:
+	@$(PYTHON) scripts/check_kernels.py $(ARGS)
 
 hooks:
 	@$(SETUP) --extra dev --extra test pre-commit install

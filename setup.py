@@ -9,27 +9,18 @@ version does not matter afterwards.
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
+sys.path.append(str(ROOT / "scripts"))  # a PEP 517 front end runs this file from elsewhere
+
+import cuda_build  # noqa: E402
+
 MIN_TORCH = (2, 11)
-# Machine code for 7.5, 8.x and 9.0; later GPUs compile the PTX of 8.0 when they first load it.
-NVCC_FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-gencode=arch=compute_75,code=sm_75",
-    "-gencode=arch=compute_80,code=[compute_80,sm_80]",
-    "-gencode=arch=compute_90,code=sm_90",
-    "-Xcompiler=-fPIC,-fvisibility=hidden",
-]
 NO_TORCH = (
     "contaccum-ext needs torch {minimum} or newer to build, and {found}: "
     "install torch for this Python first, then run the build again with --no-build-isolation."
@@ -65,38 +56,11 @@ def import_cpp_extension():
     return cpp_extension
 
 
-def read_sources(section: str) -> list[str]:
-    """Return the paths listed under ``[section]`` in csrc/sources.txt."""
-    sources: dict[str, list[str]] = {}
-    current: list[str] = []
-    for raw in (ROOT / "csrc/sources.txt").read_text(encoding="utf-8").splitlines():
-        line = raw.strip()
-        if line.startswith("["):
-            current = sources.setdefault(line.strip("[]"), [])
-        elif line and not line.startswith("#"):
-            current.append(line)
-    return sources[section]
-
-
 def build_inputs() -> list[str]:
-    """Return every file under csrc/, so that a source distribution carries the headers too."""
-    files = (path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    """Return every file the build reads, so that a source distribution carries them too."""
+    files = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    files.append(Path(cuda_build.__file__))
     return sorted(str(path.relative_to(ROOT)) for path in files)
-
-
-def cuda_toolkit() -> Path | None:
-    """Return the directory of nvcc's toolkit; None without nvcc or where it is not wanted."""
-    if os.environ.get("CONTACCUM_WITHOUT_CUDA"):
-        return None
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if nvcc is None:
-        return None
-    # nvcc itself says where it lives: the program found may be a wrapper script.
-    dry = subprocess.run(
-        [nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"], capture_output=True, text=True
-    ).stderr
-    top = re.search(r"^#\$ TOP=(.+)$", dry, re.MULTILINE)
-    return Path(top.group(1).strip()).resolve() if top else None
 
 
 cpp_extension = import_cpp_extension()
@@ -106,7 +70,7 @@ class BuildWithKernels(cpp_extension.BuildExtension):
     """Compiles the kernels by plain nvcc and links them in: torch need not know CUDA."""
 
     def build_extensions(self) -> None:
-        toolkit = cuda_toolkit()
+        toolkit = cuda_build.cuda_toolkit()
         if toolkit is None:
             print("contaccum-ext: no nvcc found or wanted, building for the CPU alone")
         else:
@@ -114,20 +78,7 @@ class BuildWithKernels(cpp_extension.BuildExtension):
         super().build_extensions()
 
     def add_kernels(self, extension: Extension, toolkit: Path) -> None:
-        folder = Path(self.build_temp).resolve() / "cuda"
-        folder.mkdir(parents=True, exist_ok=True)
-        sources = read_sources("cuda")
-        newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file())
-
-        def compile_one(source: str) -> str:
-            target = folder / (Path(source).stem + ".o")
-            if not target.exists() or target.stat().st_mtime < newest:
-                command = [toolkit / "bin" / "nvcc", *NVCC_FLAGS, "-c", ROOT / source, "-o", target]
-                subprocess.run(command, check=True)
-            return str(target)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            extension.extra_objects = list(pool.map(compile_one, sources))
+        extension.extra_objects = [str(path) for path in cuda_build.compile_kernels(toolkit)]
         extension.define_macros.append(("CONTACCUM_WITH_CUDA", "1"))
         extension.library_dirs.append(str(toolkit / "lib64"))
         # Static: nothing of CUDA has to be present where the module is loaded.
@@ -136,7 +87,7 @@ class BuildWithKernels(cpp_extension.BuildExtension):
 
 extension = Extension(
     name="contaccum_ext._C",
-    sources=read_sources("cpu"),
+    sources=cuda_build.read_sources("cpu"),
     depends=build_inputs(),
     include_dirs=["csrc", *cpp_extension.include_paths()],
     library_dirs=cpp_extension.library_paths(),

@@ -44,7 +44,8 @@ def contaccum_loss(
         row_weighting: "local" weights every row 1/n; "all" 1/(n + F) as in the paper.
         enqueue: put the batch into the bank (the newest slots stay if n exceeds the capacity). A
             batch with a representation that is not finite, or whose scaled squared norm is not, is
-            refused: the bank stays as it was, loss and gradients are NaN.
+            refused: the bank stays as it was, loss and gradients are NaN. Gradients do
+            not count: where loss scaling skips a step because they overflowed, its batch is banked.
         banks: "both"; "passages": banked queries are no loss rows (pre-batch negatives); "queries":
             banked rows meet their own positive and local columns, local rows local columns only.
 
@@ -100,7 +101,9 @@ class _BankedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, queries, passages, *arguments):
-        loss, d_queries, d_passages = ops.banked_loss_(queries, passages, *arguments)
+        loss, d_queries, d_passages = ops.banked_loss_(
+            *_with_wide_gradients(queries, passages, arguments[1]), *arguments
+        )
         ctx.save_for_backward(d_queries, d_passages)
         # Only to connect second derivatives to their error. Not saved: their values are not used,
         # so whoever changes them in place afterwards does no harm.
@@ -110,11 +113,31 @@ class _BankedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        wanted = zip(ctx.needs_input_grad[:2], ctx.saved_tensors, strict=True)
-        grads = [saved * grad if needed else None for needed, saved in wanted]
+        # Not a scalar tensor: on CUDA it would first be rounded to the type of narrower gradients,
+        # and the usual loss scale of 65536 is infinite in float16.
+        factor = grad.reshape(1)
+        grads = [
+            (saved * factor).to(tensor.dtype) if needed else None
+            for needed, saved, tensor in zip(
+                ctx.needs_input_grad[:2], ctx.saved_tensors, ctx.inputs, strict=True
+            )
+        ]
         if torch.is_grad_enabled():  # create_graph=True
             grads = [g if g is None else _SecondDerivative.apply(g, *ctx.inputs) for g in grads]
         return (*grads, *[None] * ctx.others)
+
+
+def _with_wide_gradients(
+    queries: Tensor, passages: Tensor, bank_queries: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Float16 inputs as float32, whose gradients the op then rounds to float32.
+
+    In float16 small ones would vanish before a scaled loss has multiplied them. Any combination of
+    dtypes that the op refuses is left to it.
+    """
+    if queries.dtype == passages.dtype == torch.float16 and bank_queries.dtype != torch.float64:
+        return queries.float(), passages.float()
+    return queries, passages
 
 
 class _SecondDerivative(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 # Before anything imports transformers: a test that would download fails at once instead.
@@ -12,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-import contaccum_ext  # noqa: F401  (registers the operator that `device` asks about)
+from contaccum_ext import _C  # type: ignore[attr-defined]
 
 # A thread pool on tensors this small only waits for itself: 10 times slower on a busy machine.
 # Tests of threading ask for more.
@@ -49,6 +50,14 @@ def device(request) -> str:
     if reason:
         pytest.skip(reason)
     return request.param
+
+
+@pytest.fixture
+def allow_tensor_cores():
+    """A function that chooses between the two sets of CUDA kernels, until the end of the test."""
+    choose = ctypes.CDLL(_C.__file__).contaccum_allow_tensor_cores
+    yield lambda allowed: choose(int(allowed))
+    choose(1)
 
 
 @pytest.fixture(scope="module")

@@ -178,11 +178,13 @@ class Twins:
 
     def draw(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         x = torch.randn(*shape, generator=self.generator, dtype=torch.float64) * self.setup.size
-        x = x.to(dtype or self.setup.input_dtype)
+        return self.measured(x.to(dtype or self.setup.input_dtype)).to(self.device)
+
+    def measured(self, x: Tensor) -> Tensor:
         # twice: a vector and the offset added to it
         self.norm = max(self.norm, 2 * x.double().norm(dim=-1).max().item())
         self.component = max(self.component, 2 * x.double().abs().max().item())
-        return x.to(self.device)
+        return x
 
     def draw_batch(self, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
         s = self.setup
@@ -208,7 +210,7 @@ class Twins:
             row_weight=row_weight,
             averaged=self.averaged,
         )
-        return bounds(sizes, accumulation_dtype(s.bank_dtype))
+        return bounds(sizes, s.bank_dtype, self.device)
 
     def run(self, step: Step) -> None:
         getattr(self, step.kind)(step)

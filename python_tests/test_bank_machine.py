@@ -100,7 +100,7 @@ class BankAgainstList(RuleBasedStateMachine):
             component=LARGEST,
             row_weight=1 / n,
         )
-        return bounds(sizes, accumulation_dtype(self.bank.dtype))
+        return bounds(sizes, self.bank.dtype, self.bank.bank_queries.device)
 
     @rule(n=st.integers(1, 25))
     def enqueue(self, n):

@@ -61,26 +61,6 @@ def test_every_pair_of_narrow_dtypes(device, bank_dtype, input_dtype):
     run((setup, [Step("loss", n) for n in (4, 4, 7, 1, 25, 3)]), device)
 
 
-def test_strided_inputs_give_what_contiguous_ones_give(device):
-    def step(strided: bool):
-        torch.manual_seed(0)
-        bank = ca.DualMemoryBank(6, 5, 2, device=device)
-        results = []
-        for _ in range(4):
-            q, p = torch.randn(5, 3), torch.randn(2, 3, 10)
-            q, p = q.t(), p.transpose(0, 1)[..., ::2]
-            q, p = q.to(device), p.to(device)
-            if not strided:
-                q, p = q.contiguous(), p.contiguous()
-            q, p = q.requires_grad_(), p.requires_grad_()
-            loss = ca.contaccum_loss(q, p, bank, 0.5)
-            results += [loss, *torch.autograd.grad(loss, (q, p))]
-        return results
-
-    for strided, contiguous in zip(step(True), step(False), strict=True):
-        assert torch.equal(strided, contiguous)
-
-
 def test_two_dimensional_passages_mean_one_passage_per_query(device):
     banks = [ca.DualMemoryBank(6, 5, device=device) for _ in range(2)]
     for _ in range(3):

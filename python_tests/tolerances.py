@@ -31,15 +31,20 @@ largest |score| (Cauchy-Schwarz), w the row weight.
 - dq = scale w (sum_j P_j column_j - p), sum_j P_j = 1; V the largest component, or the largest norm
   X when the error of a whole row is meant:
       scale w ((e_P + g(N) + 4 u) V + e_mean)
-- dp = scale w (sum_i P_i row_i - q): the same with a mass of at most R:
-      scale w R ((e_P + g(R) + 4 u) V + e_mean)
+- dp = scale w (sum_i P_i row_i - q): the same with a mass M of at most R for a column:
+      scale w M ((e_P + g(R) + 4 u) V + e_mean)
+- Kernels on tensor cores round the weights P_ij that they multiply by, the target's apart, to the
+  bank's dtype: relative u_s, and below its normal numbers half its smallest subnormal t_s. Again
+  independent (Hoeffding): with Q the root of the largest sum of squared weights in a row, or in a
+  column, 1 and sqrt(R) at most, this adds to e_P
+      e_W = 6 (u_s Q + sqrt(N) t_s / 2), with R for N in dp
 - A gradient returned in a narrower type is rounded once more: u_in |x| + half its smallest
   subnormal.
 
-In L2 the rows of dq are taken together (sqrt(n) times a row's bound), the columns of dp share the
-mass R (the bound is that of one column). That is sharper than what elementwise bounds imply. An
-error of relative size r in L2 turns a vector by an angle of sine at most r: cosine >=
-sqrt(1 - r^2).
+In L2 the rows of dq are taken together (sqrt(n) times a row's bound), likewise the columns of dp,
+except that all of them share the mass R, and sqrt(R) for Q, since a row's sum is 1. That is sharper
+than what elementwise bounds imply. An error of relative size r in L2 turns a vector by an angle of
+sine at most r: cosine >= sqrt(1 - r^2).
 
 Where the op itself computes in float64 the oracle is no more exact than it is: both get atol.
 """
@@ -51,6 +56,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from contaccum_ext.layout import accumulation_dtype
 
 EPS64 = torch.finfo(torch.float64).eps
 
@@ -68,6 +75,9 @@ class Sizes:
     component: float  # V
     row_weight: float
     averaged: int = 0  # k, the slots that share an offset; 0 where there are no offsets
+    row_spread: float = 1.0  # Q of a row
+    column_spread: float = math.inf  # Q of a column
+    column_mass: float = math.inf  # M
 
 
 @dataclass(frozen=True)
@@ -83,8 +93,9 @@ class Bounds:
     dp_l2: float
 
 
-def bounds(s: Sizes, accumulation: torch.dtype) -> Bounds:
-    """The terms of the module's docstring, in its order."""
+def bounds(s: Sizes, storage: torch.dtype, device: str | torch.device = "cpu") -> Bounds:
+    """The terms of the module's docstring, in its order, for a bank of that dtype and device."""
+    accumulation = accumulation_dtype(storage)
     u = torch.finfo(accumulation).eps / 2
     rows = s.n + s.filled
     columns = rows * s.m
@@ -103,11 +114,22 @@ def bounds(s: Sizes, accumulation: torch.dtype) -> Bounds:
     unit = s.scale * s.row_weight
     loss = rows * s.row_weight * (e_lse + e_s + 2 * u * stored)
 
-    def dq(v: float) -> float:
-        return unit * ((e_p + g(columns) + 4 * u) * v + e_mean)
+    def e_w(spread: float, terms: int) -> float:
+        if torch.device(device).type == "cpu" or storage.itemsize > 2 or s.d % 8 or s.d > 1024:
+            return 0.0
+        kind = torch.finfo(storage)
+        half_subnormal = kind.smallest_normal * kind.eps / 2
+        return 6 * (kind.eps / 2 * spread + math.sqrt(terms) * half_subnormal)
 
-    def dp(v: float) -> float:
-        return unit * rows * ((e_p + g(rows) + 4 * u) * v + e_mean)
+    def dq(v: float) -> float:
+        return unit * ((e_p + g(columns) + 4 * u + e_w(s.row_spread, columns)) * v + e_mean)
+
+    def dp(v: float, together: int = 1) -> float:
+        mass = min(rows, math.sqrt(together) * s.column_mass)
+        spread = min(math.sqrt(rows), math.sqrt(together) * s.column_spread)
+        return unit * (
+            mass * ((e_p + g(rows) + 4 * u) * v + e_mean) + e_w(spread, rows * together) * v
+        )
 
     both = 2.0 if accumulation == torch.float64 else 1.0
     return Bounds(
@@ -117,7 +139,7 @@ def bounds(s: Sizes, accumulation: torch.dtype) -> Bounds:
         dq=both * dq(s.component),
         dq_l2=both * math.sqrt(s.n) * dq(s.norm),
         dp=both * dp(s.component),
-        dp_l2=both * dp(s.norm),
+        dp_l2=both * dp(s.norm, s.n * s.m),
     )
 
 

@@ -34,7 +34,7 @@ PROJECT = "contaccum-ext"
 MODULE = ROOT / "contaccum_ext" / "_C.abi3.so"
 MIN_PYTHON = (3, 10)
 MIN_TORCH = (2, 11)
-PACKAGE_FILES = [ROOT / "setup.py", ROOT / "pyproject.toml"]
+PACKAGE_FILES = [ROOT / "setup.py", ROOT / "pyproject.toml", ROOT / "scripts" / "cuda_build.py"]
 BUILD_TOOLS = ["setuptools>=77", "ninja"]
 
 PROBE = """
