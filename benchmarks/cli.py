@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import op_command
+from benchmarks import op_command, step_command
 from benchmarks.plot import scaling_plot
 
 _DESCRIPTION = """\
 Time and memory of one training step's loss (forward, backward and enqueue) against the size of the
-bank, beside the ways to do it without this package and beside what the machine can do at best.
+bank, beside the ways to do it without this package and beside what the machine can do at best; and
+what a bank adds to a whole training step.
 """
 _EXAMPLES = """\
 examples:
@@ -28,6 +29,10 @@ examples:
       on a GPU: all cases and the sweep of the plot, some minutes
   python -m benchmarks op --device cuda --cases A,C --peers ours,linear
       on a GPU: two cases, two peers
+  python -m benchmarks step --device cuda --out DIR
+      a training step of two BERT-base encoders with banks up to 64k
+  python -m benchmarks step --layers 2 --hidden 64 --heads 2 --banks 0,256 --rounds 3
+      the same, tiny, on the CPU
   python -m benchmarks scaling-plot RESULT.csv
       draw what was measured
 
@@ -58,7 +63,7 @@ def _run_plot(args: argparse.Namespace, _command: list[str]) -> int:
 
 
 # A kind of run is one entry here and its modules beside this one.
-COMMANDS: tuple[Callable, ...] = (op_command.add, _add_plot)
+COMMANDS: tuple[Callable, ...] = (op_command.add, step_command.add, _add_plot)
 
 
 def recorded(arguments: list[str]) -> list[str]:
