@@ -16,7 +16,6 @@ DTYPES = {
     "fp16": torch.float16,
 }
 TEMPERATURE = 0.05  # cosine scores at scale 20, as retrievers are commonly trained
-FILL_BATCH = 1024  # slots per call while a bank is filled
 ROTATED_BATCHES = 16
 MIB = 1 << 20
 
@@ -62,21 +61,29 @@ def floor_seconds(case: Case, bytes_per_second: float, operations_per_second: fl
     return max(case.bank_bytes() / bytes_per_second, case.operations() / operations_per_second)
 
 
-def make_vectors(case: Case, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def make_vectors(case: Case, count: int, seed: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Unit (count, d) queries and (count, m, d) passages; a positive's cosine is near 0.7."""
-    generator = torch.Generator().manual_seed(seed)
-    queries = normalize(torch.randn(count, case.d, generator=generator), dim=-1)
-    passages = torch.randn(count, case.m, case.d, generator=generator)
+    generator = torch.Generator(device).manual_seed(seed)
+    queries = torch.randn(count, case.d, generator=generator, device=device)
+    queries = normalize(queries, dim=-1)
+    passages = torch.randn(count, case.m, case.d, generator=generator, device=device)
     passages = normalize(passages, dim=-1)
     passages[:, 0] = normalize(passages[:, 0] + queries, dim=-1)
     return queries.to(case.torch_dtype), passages.to(case.torch_dtype)
 
 
-class Batches:
-    """Local batches in rotation, as leaves with gradients: one batch alone would stay cached."""
+def fill_batch(slots: int) -> int:
+    """Slots per call while a bank of so many is filled: few calls, and scratch of a few percent."""
+    return min(4096, max(1024, slots // 64))
 
-    def __init__(self, case: Case, count: int = ROTATED_BATCHES, seed: int = 1) -> None:
-        queries, passages = make_vectors(case, count * case.n, seed)
+
+class Batches:
+    """Local batches in rotation, as leaves that want gradients: one alone would stay cached."""
+
+    def __init__(
+        self, case: Case, count: int = ROTATED_BATCHES, seed: int = 1, device: str = "cpu"
+    ) -> None:
+        queries, passages = make_vectors(case, count * case.n, seed, device)
         self._batches = [
             (q.clone().requires_grad_(), p.clone().requires_grad_())
             for q, p in zip(queries.split(case.n), passages.split(case.n), strict=True)
@@ -84,13 +91,7 @@ class Batches:
         self._next = 0
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """The next (n, d) queries and (n, m, d) passages; the last batch loses its gradients.
-
-        Autograd may leave a gradient that is a view of a matrix as long as the bank: kept for every
-        batch in rotation, it would count as memory that no training step needs.
-        """
-        for leaf in self._batches[self._next - 1]:
-            leaf.grad = None
+        """The next (n, d) queries and (n, m, d) passages."""
         batch = self._batches[self._next]
         self._next = (self._next + 1) % len(self._batches)
         return batch

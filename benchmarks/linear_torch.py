@@ -26,28 +26,28 @@ from benchmarks.cases import TEMPERATURE, Case
 class LinearTorch:
     """Bank and table. Batches of any size up to the capacity less one block."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, device: str = "cpu") -> None:
         capacity, m, d = case.slots, case.m, case.d
         # Near sqrt(C): table and crossing are then both cheap.
         self.width = min(capacity, 1 << max(0, round(math.log2(capacity) / 2)))
         self.capacity, self.head, self.filled = capacity, 0, 0
         self.acc = torch.float64 if case.torch_dtype == torch.float64 else torch.float32
-        self.queries = torch.zeros(capacity, d, dtype=case.torch_dtype)
-        self.passages = torch.zeros(capacity, m, d, dtype=case.torch_dtype)
+        self.queries = torch.zeros(capacity, d, dtype=case.torch_dtype, device=device)
+        self.passages = torch.zeros(capacity, m, d, dtype=case.torch_dtype, device=device)
         blocks = -(-capacity // self.width)
         self.block_lse = self._nothing(blocks, capacity)
         self.old = self._nothing(self.width + 1, capacity)
         self.base, self.fresh, self.positive = self._nothing(3, capacity)
 
     def _nothing(self, *shape: int) -> Tensor:
-        return torch.full(shape, -math.inf, dtype=self.acc)
+        return torch.full(shape, -math.inf, dtype=self.acc, device=self.queries.device)
 
     def table_bytes(self) -> int:
         kept = (self.block_lse, self.old, self.base, self.fresh, self.positive)
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
-    def step(self, queries: Tensor, passages: Tensor) -> Tensor:
-        """Loss, backward, enqueue."""
+    def step(self, queries: Tensor, passages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, backward, enqueue; returns loss, dq and dp."""
         n, m, d = passages.shape
         used = self.filled
         banked_queries, banked_columns = self.queries[:used], self.passages[:used].view(-1, d)
@@ -57,7 +57,7 @@ class LinearTorch:
         local = (scaled_queries @ local_columns.T).to(self.acc)  # (n, nm)
         to_banked = (banked_columns @ scaled_queries.T).to(self.acc)  # (Fm, n)
         from_banked = (banked_queries @ scaled_columns.T).to(self.acc)  # (F, nm)
-        targets = torch.arange(n) * m
+        targets = torch.arange(n, device=queries.device) * m
         loss = (local.logsumexp(1) - local.gather(1, targets[:, None])[:, 0]).sum()
         if used:
             lse = torch.logaddexp(local.logsumexp(1), to_banked.logsumexp(0))
@@ -65,11 +65,11 @@ class LinearTorch:
             banked_lse = torch.logaddexp(self.row_lse(), from_banked.logsumexp(1))
             loss = loss + (banked_lse - self.positive[:used]).sum()
         loss = loss / n
-        loss.backward()
+        d_queries, d_passages = torch.autograd.grad(loss, (queries, passages))
         with torch.no_grad():
             scores = (local.detach(), to_banked.detach(), from_banked.detach())
             self._enqueue(queries.detach(), passages.detach(), *scores)
-        return loss.detach()
+        return loss.detach(), d_queries, d_passages
 
     def row_lse(self) -> Tensor:
         """(F,) each banked row's log-sum-exp over all banked columns."""
@@ -105,11 +105,12 @@ class LinearTorch:
         n, m, _ = passages.shape
         if n > self.capacity - self.width and self.filled:
             raise ValueError(f"n: expected at most {self.capacity - self.width}, got {n}")
-        slots = (self.head + torch.arange(n)) % self.capacity
+        order = torch.arange(n, device=queries.device)
+        slots = (self.head + order) % self.capacity
         new_filled = min(self.capacity, self.filled + n)
         # The new rows first, against the bank as it is: then columns change for all rows alike.
         self._enter_rows(slots, to_banked)
-        self.positive[slots] = local[torch.arange(n), torch.arange(n) * m]
+        self.positive[slots] = local[order, order * m]
         self.queries[slots] = queries
         by_row = from_banked
         if new_filled > self.filled:

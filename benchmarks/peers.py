@@ -1,11 +1,12 @@
 """What does the same work: ours, and the ways to do it without a kernel.
 
-Each peer holds a full bank and takes steps: loss, backward and enqueue, with gradients left in
-``queries.grad`` and ``passages.grad``. python_tests holds all to the reference.
+Each peer holds a full bank and takes steps: loss, both gradients and enqueue. python_tests holds
+all to the reference. cuda_peers has those that only a GPU run compares.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import contaccum_ext as ca
-from benchmarks.cases import FILL_BATCH, TEMPERATURE, Case
+from benchmarks.cases import TEMPERATURE, Case, fill_batch
 from benchmarks.linear_torch import LinearTorch
 
 
@@ -25,8 +26,8 @@ class Stepper(Protocol):
     def fill(self, queries: Tensor, passages: Tensor) -> None:
         """Fill the empty bank with (C, d) and (C, m, d); not timed."""
 
-    def step(self, queries: Tensor, passages: Tensor) -> Tensor:
-        """Loss, backward and enqueue of (n, d) and (n, m, d); returns the detached loss."""
+    def step(self, queries: Tensor, passages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, backward and enqueue of (n, d) and (n, m, d); returns detached loss, dq and dp."""
 
     def table_bytes(self) -> int:
         """What is kept from step to step beside the two banks."""
@@ -37,8 +38,11 @@ class Peer:
     name: str
     what: str
     lacks: str  # what of our op it does not do
-    build: Callable[[Case], Stepper]
+    build: Callable[..., Stepper]  # (case, device="cpu")
     quadratic_copies: int = 0  # matrices of (n + F) x (n + F)m alive at the peak of a step
+    quadratic_time: bool = False
+    dtype: str | None = None  # of its bank and batch; None for the case's
+    precision: str = "highest"  # of float32 products: see torch.set_float32_matmul_precision
 
     def peak_bytes(self, case: Case) -> int:
         """Bytes of its quadratic matrices at the peak; 0 if it has none."""
@@ -46,25 +50,34 @@ class Peer:
         rows = case.n + case.slots
         return self.quadratic_copies * rows * rows * case.m * accumulated
 
+    def case(self, case: Case) -> Case:
+        """The case in the dtype that this peer runs it in."""
+        return case if self.dtype is None else dataclasses.replace(case, dtype=self.dtype)
+
 
 class Ours:
     """The package's op, called as its users call it."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, device: str = "cpu") -> None:
         self.bank = ca.DualMemoryBank(
-            case.slots, case.d, case.m, dtype=case.torch_dtype, drift=case.drift
+            case.slots, case.d, case.m, dtype=case.torch_dtype, device=device, drift=case.drift
         )
 
     @torch.no_grad()
     def fill(self, queries: Tensor, passages: Tensor) -> None:
         # At the temperature of the steps to come: another one would rebuild the whole table.
-        for q, p in zip(queries.split(FILL_BATCH), passages.split(FILL_BATCH), strict=True):
+        size = fill_batch(len(queries))
+        for q, p in zip(queries.split(size), passages.split(size), strict=True):
             ca.contaccum_loss(q, p, self.bank, TEMPERATURE)
 
-    def step(self, queries: Tensor, passages: Tensor) -> Tensor:
-        loss = ca.contaccum_loss(queries, passages, self.bank, TEMPERATURE)
-        loss.backward()
-        return loss.detach()
+    def loss(self, queries: Tensor, passages: Tensor) -> Tensor:
+        """Loss with its graph, and enqueue."""
+        return ca.contaccum_loss(queries, passages, self.bank, TEMPERATURE)
+
+    def step(self, queries: Tensor, passages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss = self.loss(queries, passages)
+        d_queries, d_passages = torch.autograd.grad(loss, (queries, passages))
+        return loss.detach(), d_queries, d_passages
 
     def table_bytes(self) -> int:
         bank = self.bank
@@ -78,40 +91,84 @@ class FullMatrix:
     Row weights are 1/n as in ours; the official 1/(n + F) costs the same.
     """
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, device: str = "cpu") -> None:
         self.capacity, self.head, self.filled = case.slots, 0, 0
-        self.queries = torch.zeros(case.slots, case.d, dtype=case.torch_dtype)
-        self.passages = torch.zeros(case.slots, case.m, case.d, dtype=case.torch_dtype)
+        self.queries = torch.zeros(case.slots, case.d, dtype=case.torch_dtype, device=device)
+        self.passages = torch.zeros(
+            case.slots, case.m, case.d, dtype=case.torch_dtype, device=device
+        )
+        self._targets = torch.arange(0, device=device)
 
     def fill(self, queries: Tensor, passages: Tensor) -> None:
         self._enqueue(queries, passages)
 
-    def step(self, queries: Tensor, passages: Tensor) -> Tensor:
-        n, m, d = passages.shape
-        rows = torch.cat([queries, self.queries[: self.filled]])
-        columns = torch.cat([passages, self.passages[: self.filled]]).reshape(-1, d)
-        targets = torch.arange(len(rows)) * m
-        loss = self._cross_entropy(rows, columns, targets) / n
-        loss.backward()
+    def loss(self, queries: Tensor, passages: Tensor) -> Tensor:
+        """Loss with its graph, and enqueue: the graph has copies of what the loss saw."""
+        loss = self._mean_loss(queries, passages)
         self._enqueue(queries.detach(), passages.detach())
-        return loss.detach()
+        return loss
 
-    @staticmethod
-    def _cross_entropy(rows: Tensor, columns: Tensor, targets: Tensor) -> Tensor:
-        # Of its own, so that the matrix of scores is released before backward.
-        scores = (rows / TEMPERATURE) @ columns.T
-        if scores.dtype in (torch.bfloat16, torch.float16):
-            scores = scores.float()  # as under autocast
-        return cross_entropy(scores, targets, reduction="sum")
+    def step(self, queries: Tensor, passages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss = self._mean_loss(queries, passages)
+        d_queries, d_passages = torch.autograd.grad(loss, (queries, passages))
+        # Only now: a compiled loss may save the bank itself and concatenate once more in backward.
+        self._enqueue(queries.detach(), passages.detach())
+        return loss.detach(), d_queries, d_passages
 
+    def _mean_loss(self, queries: Tensor, passages: Tensor) -> Tensor:
+        used, n, m = self.filled, len(queries), passages.shape[1]
+        if len(self._targets) != n + used:
+            self._targets = torch.arange(n + used, device=queries.device) * m
+        banked = (self.queries[:used], self.passages[:used])
+        return self.summed_loss(queries, passages, *banked, self._targets) / n
+
+    def summed_loss(
+        self,
+        queries: Tensor,
+        passages: Tensor,
+        banked_queries: Tensor,
+        banked_passages: Tensor,
+        targets: Tensor,
+    ) -> Tensor:
+        """Sum over all rows; (n, d), (n, m, d), (F, d), (F, m, d) and (n + F,) column numbers."""
+        return full_matrix_loss(queries, passages, banked_queries, banked_passages, targets)
+
+    @torch.no_grad()
     def _enqueue(self, queries: Tensor, passages: Tensor) -> None:
-        slots = (self.head + torch.arange(len(queries))) % self.capacity
-        self.queries[slots], self.passages[slots] = queries, passages
-        self.head = (self.head + len(queries)) % self.capacity
+        row = 0
+        while row < len(queries):  # twice where the ring ends
+            count = min(len(queries) - row, self.capacity - self.head)
+            slots = slice(self.head, self.head + count)
+            self.queries[slots] = queries[row : row + count]
+            self.passages[slots] = passages[row : row + count]
+            row, self.head = row + count, (self.head + count) % self.capacity
         self.filled = min(self.capacity, self.filled + len(queries))
 
     def table_bytes(self) -> int:
         return 0
+
+
+def concatenated(
+    queries: Tensor, passages: Tensor, banked_queries: Tensor, banked_passages: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scaled (n + F, d) rows and ((n + F) m, d) columns; local ones first."""
+    rows = torch.cat([queries, banked_queries]) / TEMPERATURE
+    return rows, torch.cat([passages, banked_passages]).flatten(0, 1)
+
+
+def full_matrix_loss(
+    queries: Tensor,
+    passages: Tensor,
+    banked_queries: Tensor,
+    banked_passages: Tensor,
+    targets: Tensor,
+) -> Tensor:
+    """Sum over rows of the cross entropy over the whole matrix of scores."""
+    rows, columns = concatenated(queries, passages, banked_queries, banked_passages)
+    scores = rows @ columns.T
+    if scores.dtype in (torch.bfloat16, torch.float16):
+        scores = scores.float()  # as under autocast
+    return cross_entropy(scores, targets, reduction="sum")
 
 
 OURS = Peer(
@@ -127,6 +184,7 @@ FULL_MATRIX = Peer(
     FullMatrix,
     # The saved log-softmax, the gradient that comes in and the one that goes out.
     quadratic_copies=3,
+    quadratic_time=True,
 )
 LINEAR_TORCH = Peer(
     "linear PyTorch",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import datetime
+import importlib.metadata
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -110,11 +113,29 @@ def environment(command: list[str], device: str) -> dict[str, str]:
     }
 
 
-def write_csv(path: Path, header: dict[str, str], rows: list[Row]) -> None:
-    """'# key: value' lines, then the names of the columns, then a line for each peer and size."""
+def installed(*packages: str) -> dict[str, str]:
+    """Versions."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def write_csv(path: Path, header: dict[str, str], rows: Sequence[Any], kind: type = Row) -> None:
+    """'# key: value' lines, then the names of the columns, then a line for each row.
+
+    Args:
+        path: written over.
+        header: of the run.
+        rows: dataclasses of that kind.
+        kind: the dataclass, for its names, should there be no rows.
+    """
     with path.open("w", newline="", encoding="utf-8") as file:
         file.writelines(f"# {key}: {value}\n" for key, value in header.items())
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, [f.name for f in fields(kind)], lineterminator="\n")
         writer.writeheader()
         for row in rows:
             cells = asdict(row).items()

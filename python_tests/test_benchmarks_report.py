@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import subprocess
 import sys
@@ -15,9 +16,10 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:  # benchmarks/ is not installed with the package
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import cli, lap, op, op_page, report  # noqa: E402
+from benchmarks import arguments, cli, lap, op, op_command, op_page, report  # noqa: E402
 from benchmarks.cases import Case  # noqa: E402
 from benchmarks.ceilings import Ceilings  # noqa: E402
+from benchmarks.cuda_peers import CCE, CUDA_PEERS, FULL_TF32  # noqa: E402
 from benchmarks.measure import Timing  # noqa: E402
 from benchmarks.peers import FULL_MATRIX, OURS, PEERS  # noqa: E402
 from benchmarks.plot import scaling_plot, series  # noqa: E402
@@ -134,18 +136,41 @@ def test_page_tells_what_was_refused_and_what_peers_lack():
 
 
 def test_sizes_are_read_with_and_without_k():
-    assert cli.sizes("1k,4096,64K") == (1024, 4096, 65536)
+    assert arguments.sizes("1k,4096,64K") == (1024, 4096, 65536)
+    assert arguments.banks("0,1k,0") == (0, 1024, 0)
     for wrong in ("", "0", "-1", "1.5k", "k", "1k,,2k"):
-        with pytest.raises(cli.argparse.ArgumentTypeError):
-            cli.sizes(wrong)
+        with pytest.raises(argparse.ArgumentTypeError):
+            arguments.sizes(wrong)
 
 
-@pytest.mark.parametrize("arguments", [["op", "--peers", "full"], ["op", "--n", "0"], ["fly"], []])
-def test_wrong_arguments_are_refused_with_usage(arguments, capsys):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["op", "--peers", "full"],
+        ["op", "--peers", "ours,nobody"],
+        ["op", "--peers", "ours,"],
+        ["op", "--device", "cuda", "--cases", "A,Z"],
+        ["op", "--n", "0"],
+        ["step", "--banks", "0,-1"],
+        ["fly"],
+        [],
+    ],
+)
+def test_wrong_arguments_are_refused_with_usage(wrong, capsys):
     with pytest.raises(SystemExit) as refused:
-        cli.main(arguments)
+        cli.main(wrong)
     assert refused.value.code == 2
     assert "usage: python -m benchmarks" in capsys.readouterr().err
+
+
+def test_peers_are_chosen_by_the_first_letters_of_their_names():
+    choose = op_command.choose_peers
+    assert choose(None, CUDA_PEERS) == CUDA_PEERS
+    assert choose(["ours", "full-matrix-t", "cce"], CUDA_PEERS) == (OURS, FULL_TF32, CCE)
+    assert choose(["full", "ours"], CUDA_PEERS)[0] is OURS
+    for wrong in (["full"], ["ours", "x"], ["ours", ""]):
+        with pytest.raises(ValueError, match="expected ours and any of"):
+            choose(wrong, CUDA_PEERS)
 
 
 def test_help_teaches():
@@ -189,7 +214,7 @@ def test_the_command_line_runs_a_tiny_case_to_the_end(tmp_path):
 
 def test_plot_is_drawn_from_the_csv(tmp_path):
     pytest.importorskip("matplotlib")
-    rows = [measured(OURS, 1024, 0.002), measured(OURS, 2048, 0.004)]
+    rows = [measured(peer, 1024 << i, 0.002 * 2**i) for peer in PEERS for i in (0, 1)]
     table = tmp_path / "x.csv"
     report.write_csv(table, {"cpu": "some model"}, [report.make_row(row) for row in rows])
     scaling_plot(table, tmp_path / "x.svg")
@@ -202,5 +227,5 @@ def test_plot_refuses_an_empty_table(tmp_path):
     pytest.importorskip("matplotlib")
     with (tmp_path / "x.csv").open("w") as file:
         csv.writer(file).writerow(["peer", "slots"])
-    with pytest.raises(SystemExit, match="no rows"):
+    with pytest.raises(SystemExit, match="no rows of ours"):
         scaling_plot(tmp_path / "x.csv", tmp_path / "x.png")

@@ -1,0 +1,296 @@
+"""The GPU suite, on the CPU: cases, checks of peers, refusals, rows, page and plot.
+
+No test asserts a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+if str(ROOT) not in sys.path:  # benchmarks/ is not installed with the package
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks import agreement, cli, cuda_cases, cuda_op, cuda_page, op_command, report  # noqa: E402
+from benchmarks.cases import Batches, Case, fill_batch  # noqa: E402
+from benchmarks.ceilings import Ceilings  # noqa: E402
+from benchmarks.cuda_peers import (  # noqa: E402
+    CCE,
+    COMPILED,
+    CUDA_PEERS,
+    FULL_BF16,
+    FULL_FP32,
+    FULL_TF32,
+    INF_CL,
+    LIGER,
+)
+from benchmarks.device import CpuDevice, StepTimes, told  # noqa: E402
+from benchmarks.peers import LINEAR_TORCH, OURS, Ours, Peer  # noqa: E402
+from benchmarks.plot import scaling_plot, sweep_rows  # noqa: E402
+
+CEILINGS = Ceilings({"copy": 3e12}, {"8192^3 bf16": 8e14})
+PUBLISHED = {CCE.name: "cut_cross_entropy", LIGER.name: "liger_kernel", INF_CL.name: "inf_cl"}
+SMALL = cuda_op.CudaOptions(seconds=0.02, ceiling_size=64, ceiling_bytes=1 << 16)
+
+
+class FakeDevice(CpuDevice):
+    """A small GPU: it counts, has graphs and little memory."""
+
+    def __init__(self, total: int = 80 << 30, cache: int = 50 << 20) -> None:
+        self.total, self.cache, self.released = total, cache, 0
+
+    def peak_extra(self, call, count):
+        call()
+        return 1000 * count
+
+    def graph(self, call, count):
+        return lambda: [call() for _ in range(count)]
+
+    def cache_bytes(self):
+        return self.cache
+
+    def total_bytes(self):
+        return self.total
+
+    def free_bytes(self):
+        return self.total
+
+    def release(self):
+        self.released += 1
+
+
+def named(case: Case, *peers: Peer, label: str = "X", **targets) -> cuda_cases.NamedCase:
+    return cuda_cases.NamedCase(label, case, peers=peers, **targets)
+
+
+def run(*cases: cuda_cases.NamedCase, device=None, **changes) -> cuda_op.CudaResult:
+    options = dataclasses.replace(SMALL, cases=cases, **changes)
+    return cuda_op.run(options, device or CpuDevice(), lambda result: None)
+
+
+def test_cases_are_those_that_have_targets_and_fit_the_peers_that_run_them():
+    by_label = {one.label: one for one in cuda_cases.CASES}
+    assert {label: one.target_ms for label, one in by_label.items() if one.target_ms} == {
+        "A": 0.12,
+        "B": 0.15,
+        "C": 0.20,
+        "D": 0.35,
+        "E": 25.0,
+    }
+    assert by_label["A"].graph_target_ms == 0.05
+    assert by_label["E"].case == Case(1 << 20, 1024, 768, 1, "bf16")
+    assert by_label["C-mean"].case == dataclasses.replace(by_label["C"].case, drift="mean")
+    assert COMPILED not in by_label["C-d384"].peers and COMPILED in by_label["C"].peers
+    assert [one.label for one in cuda_cases.find_cases(["C", "A"])] == ["A", "C"]
+    with pytest.raises(ValueError, match=r"got Y,Z"):
+        cuda_cases.find_cases(["Z", "A", "Y"])
+
+
+def test_sweep_measures_nothing_twice_and_leaves_the_largest_for_last():
+    swept = cuda_cases.with_sweep(cuda_cases.CASES, cuda_cases.SWEEP_CASE, cuda_cases.SWEEP_SIZES)
+    labels = [one.label for one in swept]
+    assert labels[-1] == "E" and "F=1024" in labels and "F=32768" not in labels
+    assert len({one.case for one in swept}) == len(swept)
+    assert cuda_cases.with_sweep(cuda_cases.CASES, cuda_cases.SWEEP_CASE, ()) == cuda_cases.CASES
+
+
+@pytest.mark.parametrize(("label", "banks"), [("A", 12), ("B", 3), ("C", 2), ("D", 1), ("E", 1)])
+def test_banks_in_rotation_are_twice_the_cache(label, banks):
+    (one,) = cuda_cases.find_cases([label])
+    assert cuda_cases.banks_in_rotation(one.case, 50 << 20) == banks
+    assert cuda_cases.banks_in_rotation(one.case, 0) == 1
+
+
+def test_rotation_steps_on_each_bank_in_turn():
+    case = Case(16, n=4, d=8)
+    rotation = cuda_cases.Rotation(OURS, case, CpuDevice(), banks=3)
+    for _ in range(4):
+        rotation.step()
+    heads = [int(stepper.bank.cursor[0]) for stepper in rotation.steppers]
+    assert heads == [8, 4, 4]
+    assert all(len(stepper.bank) == 16 for stepper in rotation.steppers)
+
+
+def test_banks_are_filled_in_large_batches():
+    assert [fill_batch(slots) for slots in (16, 65536, 1 << 17, 1 << 20)] == [
+        1024,
+        1024,
+        2048,
+        4096,
+    ]
+    ours = Ours(Case(2500, d=4))
+    ours.fill(*(t.detach() for t in Batches(Case(1, n=2500, d=4), count=1).next()))
+    assert len(ours.bank) == 2500
+
+
+def test_a_run_measures_checks_and_counts():
+    case = named(Case(64, n=4, d=16, m=2, dtype="bf16"), OURS, LINEAR_TORCH, FULL_TF32)
+    written = []
+    options = dataclasses.replace(SMALL, cases=(case,))
+    device = FakeDevice(cache=10_000)
+    result = cuda_op.run(options, device, lambda now: written.append(len(now.measured)))
+    assert written == [3, 3]  # after the case and at the end
+    assert device.released > 3
+    for one in result.measured:
+        assert one.note == "" and one.errors.small and one.banks == 4
+        assert one.times.median > 0 and one.fill_seconds > 0
+    ours, full, linear = result.measured  # the order of CUDA_PEERS
+    assert (ours.peer, full.peer, linear.peer) == (OURS, FULL_TF32, LINEAR_TORCH)
+    assert ours.graph.steps % 4 == 0 and full.graph is None
+    assert 2000 <= ours.extra_bytes <= 32000 and full.extra_bytes == 1000
+    assert ours.table_bytes > 0 and full.table_bytes == 0
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_what_cannot_be_run_says_why():
+    huge = Case(1 << 20, n=1024, d=768, dtype="bf16")
+    runner = cuda_op._Runner(SMALL, FakeDevice())
+    runner.result.ceilings = CEILINGS
+    assert runner._refusal(FULL_BF16, huge) == "impossible: 12,312.0 GiB of matrices"
+    assert runner._refusal(CCE, huge).startswith("not run: about 6.3 s a step expected, limit 1 s")
+    assert runner._refusal(OURS, huge) == runner._refusal(LINEAR_TORCH, huge) == ""
+    small = cuda_op._Runner(SMALL, FakeDevice(total=50 << 30))
+    refused = small._refusal(FULL_BF16, Case(65536, n=128, dtype="bf16"))
+    assert refused == "out of memory: would need 48.2 GiB of matrices"
+    spent = cuda_op._Runner(dataclasses.replace(SMALL, budget=-1.0), FakeDevice())
+    assert spent._refusal(LINEAR_TORCH, Case(64)).startswith("not run: the -1 s of the run")
+    assert spent._refusal(OURS, Case(64)) == ""
+
+
+def test_a_quadratic_peer_is_expected_to_take_what_its_largest_case_says():
+    done = cuda_op.CudaMeasured(named(Case(1016, n=8, d=64), CCE), CCE, 1)
+    done.times = StepTimes((0.5,), (0.5,), 1)
+    result = cuda_op.CudaResult(SMALL, CEILINGS, [done])
+    twice_wide = Case(2040, n=8, d=128)
+    assert cuda_op.expected_seconds(CCE, twice_wide, result) == pytest.approx(0.5 * 4 * 2)
+    assert cuda_op.expected_seconds(OURS, twice_wide, result) == 0
+    least = 6 * 2048**2 * 128 / 8e14
+    assert cuda_op.expected_seconds(LIGER, twice_wide, result) == pytest.approx(least)
+
+
+def test_a_peer_that_fails_is_told_and_the_others_go_on():
+    def broken(case, device):
+        raise RuntimeError("no such kernel\nwith a long story")
+
+    failing = dataclasses.replace(FULL_TF32, name="broken", build=broken)
+    case = named(Case(64, n=4, d=16, dtype="bf16"), OURS, failing, *CUDA_PEERS[6:])
+    result = run(case, peers=(OURS, failing, CCE, LIGER, INF_CL))
+    notes = {one.peer.name: one.note for one in result.measured}
+    assert notes["ours"] == "" and result.measured[0].times is not None
+    assert notes["broken"] == "RuntimeError: no such kernel"
+    for name, module in PUBLISHED.items():
+        if importlib.util.find_spec(module) is None:
+            assert notes[name] == f"not installed: No module named '{module}'"
+    assert told(ValueError()) == "ValueError: "
+
+
+def result_with(*times: tuple[str, Case, Peer, float | None]) -> cuda_op.CudaResult:
+    measured = []
+    for label, case, peer, seconds in times:
+        target = cuda_cases.NamedCase(label, case, 0.2, 0.1)
+        one = cuda_op.CudaMeasured(target, peer, 2, note="" if seconds else "out of memory")
+        if seconds:
+            one.times = StepTimes((seconds,) * 3, (seconds / 2,) * 3, 30)
+            one.errors = agreement.Errors(1e-4, 2e-3, 3e-3)
+            one.extra_bytes, one.table_bytes = 3 << 20, 1 << 20
+            if peer is OURS:
+                one.graph = StepTimes((seconds / 4,), (1e-6,), 16)
+        measured.append(one)
+    cases = tuple({one.named.label: one.named for one in measured}.values())
+    options = cuda_op.CudaOptions(cases=cases, peers=(OURS, FULL_BF16))
+    return cuda_op.CudaResult(options, CEILINGS, measured)
+
+
+C = Case(32768, n=128, d=768, dtype="bf16")
+
+
+def test_targets_are_met_missed_or_not_measured():
+    result = result_with(("C", C, OURS, 3e-4), ("D", C.with_slots(65536), OURS, None))
+    verdicts = [(t.text, t.value, t.passed) for t in cuda_page.targets(result)]
+    assert verdicts == [
+        ("C, eager: at most 0.2 ms", pytest.approx(0.3), False),
+        ("C, in a graph: at most 0.1 ms", pytest.approx(0.075), True),
+        ("D, eager: at most 0.2 ms", None, None),
+        ("D, in a graph: at most 0.1 ms", None, None),
+    ]
+
+
+def test_rows_page_and_summary_tell_the_rates_and_what_was_refused(tmp_path):
+    result = result_with(("C", C, OURS, 4e-4), ("C", C, FULL_FP32, 4e-2), ("C", C, FULL_BF16, None))
+    row, wide, refused = (cuda_page.make_row(one, result) for one in result.measured)
+    assert row.tflops_per_s == pytest.approx(8 * 128 * 32768 * 768 / 4e-4 / 1e12)
+    assert row.tbytes_per_s == pytest.approx(32768 * 2 * 768 * 2 / 4e-4 / 1e12)
+    assert row.floor_ms == pytest.approx(32768 * 2 * 768 * 2 / 3e12 * 1e3)
+    assert row.times_floor == pytest.approx(0.4 / row.floor_ms)
+    assert (row.extra_mib, row.bank_mib, row.table_mib, row.target_ms) == (3, 96, 1, 0.2)
+    assert (wide.dtype, wide.bank_mib, wide.target_ms) == ("fp32", 192, None)
+    assert refused.ms_median is None and refused.note == "out of memory"
+
+    path = tmp_path / "x.csv"
+    report.write_csv(path, {"gpu": "some model"}, [row, wide, refused], cuda_page.CudaRow)
+    header, read = report.read_csv(path)
+    assert header == {"gpu": "some model"}
+    assert list(read[0]) == [field.name for field in dataclasses.fields(cuda_page.CudaRow)]
+    assert (read[0]["ms_median"], read[1]["ms_median"], read[2]["ms_median"]) == ("0.4", "40", "")
+
+    page = cuda_page.compose({"gpu": "some model"}, result)
+    for wanted in ("some model", "MISSED", "met", "out of memory", "It lacks", "## C: n=128"):
+        assert wanted in page
+    assert "1e-04 / 2e-03 / 3e-03" in page and "800 TFLOP/s" in page and "3.00 TB/s" in page
+    assert "| 0.400 |" in cuda_page.summary(result)
+
+
+def test_plot_takes_the_sweep_out_of_all_cases(tmp_path):
+    sweep = [
+        (f"F={slots}", C.with_slots(slots), peer, slots * 1e-8)
+        for slots in (1024, 2048, 4096)
+        for peer in (OURS, FULL_FP32, FULL_BF16)
+    ]
+    others = [("A", Case(2048, d=768, m=2, dtype="bf16"), OURS, 1e-4)]
+    result = result_with(*others, *sweep)
+    rows = [cuda_page.make_row(one, result) for one in result.measured]
+    table = tmp_path / "x.csv"
+    report.write_csv(table, {"gpu": "some model"}, rows, cuda_page.CudaRow)
+    chosen = sweep_rows(report.read_csv(table)[1])
+    assert [row["label"] for row in chosen] == [label for label, *_ in sweep]
+    pytest.importorskip("matplotlib")
+    scaling_plot(table, tmp_path / "x.svg")
+    drawn = (tmp_path / "x.svg").read_text()
+    assert "some model" in drawn or "<svg" in drawn
+
+
+def test_ceilings_are_measured():
+    ceilings = cuda_cases.measure_ceilings(CpuDevice(), size=32, copied=1 << 12)
+    assert ceilings.best_reading()[1] > 0 and ceilings.best_multiplying()[0] == "32^3 bf16"
+
+
+@pytest.mark.parametrize("drawable", [True, False])
+def test_the_command_line_runs_a_tiny_sweep_to_the_end(tmp_path, monkeypatch, capsys, drawable):
+    def draw(results, out):
+        if not drawable:
+            raise SystemExit("scaling-plot: needs matplotlib")
+        out.write_bytes(b"drawn")
+
+    monkeypatch.setattr(op_command, "open_device", lambda name: FakeDevice(cache=0))
+    monkeypatch.setattr(op_command, "scaling_plot", draw)
+    monkeypatch.setattr(cuda_op, "measure_ceilings", lambda *_: CEILINGS)
+    shape = ["--cases", "none", "--sizes", "64,128", "--n", "4", "--d", "16", "--m", "2"]
+    how = ["--peers", "ours,full-matrix-bf16", "--seconds", "0.02", "--plot", "--out"]
+    assert cli.main(["op", "--device", "cuda", *shape, *how, str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    (table,) = tmp_path.glob("*-cpu-op.csv")
+    header, rows = report.read_csv(table)
+    assert str(tmp_path) not in header["command"] and "cut-cross-entropy" in header
+    assert [(row["label"], row["peer"]) for row in rows] == [
+        (f"F={slots}", peer) for slots in (64, 128) for peer in ("ours", "full matrix bf16")
+    ]
+    assert {(row["dtype"], row["m"], row["note"]) for row in rows} == {("bf16", "2", "")}
+    assert "full matrix bf16" in shown.out and "## F=64" in table.with_suffix(".md").read_text()
+    assert table.with_suffix(".png").exists() == drawable
+    assert ("not drawn" in shown.err) != drawable
