@@ -65,7 +65,7 @@ void launch_rows_tile(const Args<S>& a, const RowsMaps& maps, cudaStream_t strea
   static_assert(bytes <= 227 << 10, "what a block may have");
   const auto kernel = banked_rows_sm90a<S, T>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  kernel<<<(a.row_blocks + 1) / 2 * 2, T::kThreads, bytes, stream>>>(a, maps);
+  kernel<<<a.row_blocks, T::kThreads, bytes, stream>>>(a, maps);
 }
 
 template <class S>

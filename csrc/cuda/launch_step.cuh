@@ -85,6 +85,17 @@ inline int unit_slots_sm90a(const Layout& y, int64_t n, int splits) {
   return int(best * kBoxRows);
 }
 
+// Thread blocks of the kernel over banked rows.
+template <class S>
+int row_blocks(const CudaStep& step) {
+  const int64_t rows = step.layout.capacity;
+  if (takes_rows_sm90a<S>(step)) {  // pairs, as many as there is room for
+    const int64_t pairs = ceil_div(rows, 4 * kBoxRows);
+    return 2 * int(std::min<int64_t>(pairs, step.device.multiprocessors / 2));
+  }
+  return int(ceil_div(rows, takes_rows_mma<S>(step) ? kRowsMma : kRowWarps * kTileRows<Acc<S>>));
+}
+
 template <class S>
 Args<S> arrange(const CudaStep& step, Arena& arena) {
   using A = Acc<S>;
@@ -160,9 +171,7 @@ Args<S> arrange(const CudaStep& step, Arena& arena) {
   }
   a.row_blocks =
       a.banked_rows || a.incremental
-          ? int(ceil_div(y.capacity, takes_rows_sm90a<S>(step) || takes_rows_mma<S>(step)
-                                         ? kRowsMma
-                                         : kRowWarps * kTileRows<A>))
+          ? row_blocks<S>(step)
           : 0;
 
   const int64_t splits = a.local_splits + a.bank_splits;  // at most kMaxSplits + 1

@@ -82,12 +82,12 @@ __device__ __forceinline__ void store_there(uint32_t there, float a, float b, fl
 
 // --- named barriers: some of the warps of a block ---------------------------------------------------
 
-template <int kId, int kCount>
-__device__ __forceinline__ void named_sync() {
-  asm volatile("barrier.cta.sync %0, %1;\n" ::"n"(kId), "n"(kCount) : "memory");
+template <int kCount>
+__device__ __forceinline__ void named_sync(int id) {
+  asm volatile("barrier.cta.sync %0, %1;\n" ::"r"(id), "n"(kCount) : "memory");
 }
-template <int kId, int kCount>
-__device__ __forceinline__ bool named_any(bool mine) {
+template <int kCount>
+__device__ __forceinline__ bool named_any(int id, bool mine) {
   uint32_t any;
   asm volatile(
       "{\n"
@@ -97,7 +97,7 @@ __device__ __forceinline__ bool named_any(bool mine) {
       "selp.u32 %0, 1, 0, q;\n"
       "}\n"
       : "=r"(any)
-      : "r"(uint32_t(mine)), "n"(kId), "n"(kCount)
+      : "r"(uint32_t(mine)), "r"(id), "n"(kCount)
       : "memory");
   return any;
 }
@@ -173,7 +173,8 @@ __device__ __forceinline__ void hold(float (&c)[N]) {
       "+f"(c[i + 6]), "+f"(c[i + 7])
 #define CONTACCUM_C32(c, i) \
   CONTACCUM_C8(c, i), CONTACCUM_C8(c, i + 8), CONTACCUM_C8(c, i + 16), CONTACCUM_C8(c, i + 24)
-// The names of 32 registers, and of the operands behind the last of them.
+// The names of 16 or 32 registers.
+#define CONTACCUM_HALF_R0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define CONTACCUM_R0 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "  \
   "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -194,6 +195,17 @@ __device__ __forceinline__ void hold(float (&c)[N]) {
   ", %" B ", add, 1, 1, %" TRANSPOSED ", %" TRANSPOSED ";\n"                                    \
   "}\n"
 
+template <class S, bool kTransposed>
+__device__ __forceinline__ void product(float (&c)[16], uint64_t a, uint64_t b, int add) {
+  if constexpr (std::is_same_v<S, Bf16>)
+    asm volatile(CONTACCUM_PRODUCT("32", "bf16", CONTACCUM_HALF_R0, "16", "17", "18", "19")
+                 : CONTACCUM_C8(c, 0), CONTACCUM_C8(c, 8)
+                 : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
+  else
+    asm volatile(CONTACCUM_PRODUCT("32", "f16", CONTACCUM_HALF_R0, "16", "17", "18", "19")
+                 : CONTACCUM_C8(c, 0), CONTACCUM_C8(c, 8)
+                 : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
+}
 template <class S, bool kTransposed>
 __device__ __forceinline__ void product(float (&c)[32], uint64_t a, uint64_t b, int add) {
   if constexpr (std::is_same_v<S, Bf16>)
@@ -239,6 +251,7 @@ __device__ __forceinline__ void product(float (&c)[4][32], uint64_t a, uint64_t 
 }
 #undef CONTACCUM_C8
 #undef CONTACCUM_C32
+#undef CONTACCUM_HALF_R0
 #undef CONTACCUM_R0
 #undef CONTACCUM_R32
 #undef CONTACCUM_R64

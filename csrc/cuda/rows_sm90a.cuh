@@ -1,8 +1,8 @@
 // Banked rows x local columns on Hopper's tensor cores; what rows.cuh computes, for 16-bit banks of
 // d <= 768.
 //
-// - A block owns 128 bank rows and walks over all columns they meet: the local ones, then the slots
-//   that upkeep needs. Up to four tiles of 64 columns, which may lie anywhere, make one product. Rows
+// - A block takes 128 bank rows at a time and walks over all columns they meet: the local ones, then
+//   the slots that upkeep needs. It goes on to other rows while there are: what it copies runs ahead. Up to four tiles of 64 columns, which may lie anywhere, make one product. Rows
 //   and columns stream through shared memory by slices of 64 elements of d.
 // - The two blocks of a cluster need the same columns: each fetches every other tile for both.
 // - A warpgroup has 64 rows. A thread carries the sums of two rows over its columns from one tile to
@@ -184,10 +184,21 @@ class BankedRowsHopper {
     return shared_address(&variable);
   }
 
+  // The two blocks of a cluster take neighbouring rows, and the same number of them.
+  __device__ int first_rows() const { return int(blockIdx.x) * 2 * kBoxRows; }
+  __device__ int rows_step() const { return int(gridDim.x) * 2 * kBoxRows; }
+  __device__ int rows_end() const {
+    const int pairs = (ring.fill + 4 * kBoxRows - 1) / (4 * kBoxRows);
+    return (pairs * 2 - 1 + rank) * 2 * kBoxRows;
+  }
+
   // --- one thread: rows and columns from global memory ----------------------------------------------
 
   __device__ void copy() {
     int done = 0;
+    for (int r = first_rows(); r < rows_end(); r += rows_step()) copy_rows(r, done);
+  }
+  __device__ void copy_rows(int first_row, int& done) {
     ColumnWalk<S> walk(a, ring, upkeep);
     bool more = walk.next();
     while (more) {
@@ -210,7 +221,7 @@ class BankedRowsHopper {
 #pragma unroll
         for (int h = 0; h < 2; ++h)
           copy_box(shared_address(sh.rows[stage][h]), &maps.rows, s * kBoxColumns, 0,
-                   (blockIdx.x * 2 + h) * kBoxRows, full);
+                   first_row + h * kBoxRows, full);
 #pragma unroll
         for (int q = 0; q < T::kTiles; ++q)
           if (q < tiles && q % 2 == rank)
@@ -234,11 +245,18 @@ class BankedRowsHopper {
   };
 
   __device__ __forceinline__ double score() {
+    int done = 0;
+    double loss = 0;
+#pragma unroll 1
+    for (int r = first_rows(); r < rows_end(); r += rows_step()) loss += score_rows(r, done);
+    return loss;
+  }
+  __device__ __forceinline__ double score_rows(int first_row, int& done) {
     Rows r;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int warp = threadIdx.x / 32 % 4;
-      r.slot[h] = (blockIdx.x * 2 + group) * kBoxRows + warp * 16 + lane / 4 + 8 * h;
+      r.slot[h] = first_row + group * kBoxRows + warp * 16 + lane / 4 + 8 * h;
       r.valid[h] = r.slot[h] < ring.fill;
       if (!r.valid[h]) continue;
       if (a.masked()) r.positive_id[h] = a.ids[int64_t(r.slot[h]) * a.m];
@@ -248,7 +266,6 @@ class BankedRowsHopper {
         r.fresh[h].sum = a.row(kFreshSum)[r.slot[h]];
       }
     }
-    int done = 0;
     float s[T::kTiles][32];
     ColumnWalk<S> walk(a, ring, upkeep), ahead(a, ring, upkeep);
     bool more = uniform(walk.next());
@@ -281,12 +298,7 @@ class BankedRowsHopper {
   __device__ __forceinline__ bool with_offsets() const { return a.use_offsets && a.banked_rows; }
   __device__ __forceinline__ bool leads() const { return lane % 4 == 0; }
   __device__ __forceinline__ int my_column(int j) const { return 8 * j + lane % 4 * 2; }
-  __device__ __forceinline__ void sync_group() const {
-    if (group == 0)
-      named_sync<1, T::kGroup>();
-    else
-      named_sync<2, T::kGroup>();
-  }
+  __device__ __forceinline__ void sync_group() const { named_sync<T::kGroup>(1 + group); }
 
   // Ids of the next columns: half of the warpgroup asks for those of every other tile.
   __device__ __forceinline__ void ask_for_ids(ColumnWalk<S>& ahead, int64_t (&id)[T::kTiles / 2]) {
@@ -491,7 +503,7 @@ class BankedRowsHopper {
   const int rank, slices, lane, group;
 };
 
-// Grid (row_blocks, rounded up to clusters of two).
+// Grid (row_blocks), an even number.
 template <class S, class T>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(T::kThreads, 1)
     banked_rows_sm90a(const Args<S> a, const __grid_constant__ RowsMaps maps) {
@@ -506,7 +518,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(T::kThreads, 1)
   loss = warp_sum(loss);
   if (threadIdx.x % 32 == 0 && threadIdx.x < 2 * T::kGroup) losses[threadIdx.x / 32] = loss;
   __syncthreads();
-  if (threadIdx.x != 0 || int(blockIdx.x) >= a.row_blocks) return;
+  if (threadIdx.x != 0) return;
   for (int w = 1; w < T::kWarpsScoring; ++w) loss += losses[w];
   a.losses[a.n + blockIdx.x] = loss;
 }

@@ -1,0 +1,44 @@
+// What the warpgroups of attend_sm90a.cuh share.
+#pragma once
+
+#include "ptx_sm90a.cuh"
+#include "slot_walk.cuh"
+#include "tile_config.cuh"
+
+namespace contaccum {
+
+// The query side comes twice: what offsets need there would cost registers without them.
+enum class Side { queries, queries_with_offsets, passages };
+
+// What a scoring warpgroup tells the summing ones about its half of a buffer of weights.
+enum class Order : int { add, rescale_and_add, skip, stop };
+
+// Power of two by which weights are larger than they should be: see WeighHopper.
+template <class S>
+__host__ __device__ constexpr float weight_shift(Side side) {
+  return !std::is_same_v<S, F16> ? 0.f : side == Side::passages ? 14.f : 7.f;
+}
+
+template <class T>
+struct HopperShared {
+  char local[T::kOperandBytes];             // 64 local vectors
+  char tile[T::kStages][T::kOperandBytes];  // 64 bank vectors
+  char weight[2][T::kWeightBytes];          // (bank, local)
+  // The other block's share of the scores, by warpgroup.
+  float4 partial[2][T::kCluster == 2 ? 4 : 1][T::kGroup];
+  float reference[2][T::kLocal];  // of the loss; of the table
+  float shrink[2][T::kLocal];
+  float bias[T::kLocal];
+  float column[4][T::kLocal];  // by warp
+  int64_t local_id[T::kLocal];
+  SlotTile slots[T::kStages];  // what `tile` holds; no slots behind the last
+  Order order[2][2];           // by warpgroup
+  uint64_t locals_ready, full[T::kStages], empty[T::kStages], weights_full[2], weights_empty[2];
+  uint64_t partial_full[2], partial_empty[2];
+};
+
+struct HopperMaps {
+  CUtensorMap locals, local_vectors, bank;
+};
+
+}  // namespace contaccum

@@ -1,0 +1,474 @@
+// The scoring warpgroups of attend_sm90a.cuh: 32 of the block's 64 local vectors each, on their own.
+//
+// - Scores of a tile of bank vectors come as products; with two blocks to a vector, the blocks
+//   exchange their shares. Those of the next tile are under way meanwhile.
+// - Query side: weights are 2^(score - reference), one reference a local vector. It is raised only when
+//   a score exceeds it by 2^kRoom, which after the first tiles is rare: until then no thread needs to
+//   know another's scores.
+// - A thread has two bank vectors and eight local ones, in the order in which products leave scores:
+//   [4 j + 2 h + e] is bank vector my_row() + 8 h, local my_local(j) + e.
+#pragma once
+
+#include "attend_sm90a_shared.cuh"
+#include "online_softmax.cuh"
+
+namespace contaccum {
+
+template <class S, Side kSide, class T>
+class WeighHopper {
+  static constexpr bool kQuerySide = kSide != Side::passages;
+  using Shared = HopperShared<T>;
+  static constexpr int kScores = 16, kMine = 8;
+  static constexpr float kRoom = 8;
+  // Weights at the reference are 2^kShift: a half keeps its bits down to 2^-14 and ends at 2^16.
+  static constexpr float kShift = weight_shift<S>(kSide);
+
+ public:
+  __device__ __forceinline__ WeighHopper(const Args<S>& args, const Ring<S>& r, Shared& shared,
+                                         int rank_, int group_)
+      : a(args),
+        ring(r),
+        sh(shared),
+        rank(rank_),
+        group(group_),
+        split(blockIdx.x / T::kCluster),
+        total(kQuerySide ? args.n : args.n * args.m),
+        first(blockIdx.y * T::kLocal),
+        thread(threadIdx.x % T::kGroup),
+        lane(threadIdx.x % 32),
+        warp(thread / 32) {}
+
+  __device__ __forceinline__ void run() {
+    if (thread < T::kHalf) {
+      const int l = first + my_column();
+      sh.local_id[my_column()] =
+          a.masked() && l < total ? a.local_ids[kQuerySide ? int64_t(l) * a.m : l] : -1;
+      sh.reference[0][my_column()] = sh.reference[1][my_column()] = minus_infinity<float>();
+    }
+    sync();
+    if constexpr (kQuerySide) {
+      const int64_t units = a.blocks * a.parts, splits = gridDim.x / T::kCluster;
+      first_unit = int(units * split / splits);
+      last_unit = int(units * (split + 1) / splits);
+      unit = first_unit - 1;
+    }
+    float even[kScores] = {}, odd[kScores] = {};
+    barrier_wait(at(sh.locals_ready), 0);
+    bool more = wait_tile(0);
+    if (more) {
+      start_scores(0, even);
+      end_scores(even);
+      send_scores(0, even);
+    }
+    int i = 0;
+    // Behind the last tile the products run once more, on that tile, and are not used: products that
+    // are under way on some paths only would be serialised.
+    auto step = [&](float (&s)[kScores], float (&ahead)[kScores]) {
+      const Needed needed = ask(i);
+      const bool another = wait_tile(i + 1);
+      start_scores(another ? i + 1 : i, ahead);
+      receive_scores(i, s);
+      weigh(i, needed, s);
+      end_scores(ahead);
+      if (another) send_scores(i + 1, ahead);
+      ++i;
+      return another;
+    };
+    while (more) {
+      more = step(even, odd);
+      if (more) more = step(odd, even);
+    }
+    claim(i);
+    if (thread == 0) sh.order[i % 2][group] = Order::stop;
+    __syncwarp();
+    if (lane == 0) barrier_arrive(at(sh.weights_full[i % 2]));
+    if (kQuerySide) {
+      close_units(last_unit);
+      store_sums();
+    }
+  }
+
+ private:
+  template <class V>
+  __device__ __forceinline__ static uint32_t at(const V& variable) {
+    return shared_address(&variable);
+  }
+  __device__ __forceinline__ void sync() const { named_sync<T::kGroup>(1 + group); }
+  __device__ __forceinline__ bool use_offsets() const {
+    return kQuerySide ? kSide == Side::queries_with_offsets : a.use_offsets;
+  }
+  __device__ __forceinline__ int my_row() const { return warp * 16 + lane / 4; }
+  __device__ __forceinline__ int my_local(int j) const {
+    return T::kHalf * group + 8 * j + lane % 4 * 2;
+  }
+  // The local vector that a thread of the first 32 stands for where sums are whole.
+  __device__ __forceinline__ int my_column() const { return T::kHalf * group + thread % T::kHalf; }
+
+  // --- scores -----------------------------------------------------------------------------------------
+
+  // What weighing a tile needs from global memory, asked for before its scores are there.
+  struct Needed {
+    float lse[2];   // passage side
+    int64_t id[2];  // query side: of the column; passage side: of the row's positive
+    float bias;     // of my_column()
+  };
+
+  __device__ __forceinline__ const SlotTile& tile(int i) const { return sh.slots[i % T::kStages]; }
+
+  // False if there is no tile i.
+  __device__ __forceinline__ bool wait_tile(int i) const {
+    barrier_wait(at(sh.full[i % T::kStages]), i / T::kStages & 1);
+    return __any_sync(0xffffffffu, tile(i).count > 0);
+  }
+
+  __device__ __forceinline__ Needed ask(int i) const {
+    const SlotTile& t = tile(i);
+    Needed p;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int r = min(my_row() + 8 * h, t.count - 1);
+      if constexpr (!kQuerySide) p.lse[h] = (t.local ? a.local_lse : a.row_lse)[t.slot + r];
+      if (a.masked())
+        p.id[h] = (t.local ? a.local_ids : a.ids)[int64_t(t.slot + r) * a.m +
+                                                  (kQuerySide ? t.kind : 0)];
+    }
+    if (use_offsets() && t.mean >= 0 && thread < T::kHalf) {
+      const int64_t row = kQuerySide ? int64_t(t.mean - 1) * a.m + t.kind : t.mean - 1;
+      const int l = min(first + my_column(), total - 1);
+      p.bias = (kQuerySide ? a.query_bias : a.passage_bias)[row * total + l];
+    }
+    return p;
+  }
+
+  // The block's share of the scores of tile i: bank x local vectors, over its elements of d.
+  __device__ __forceinline__ void start_scores(int i, float (&s)[kScores]) {
+    hold(s);
+    products_begin();
+    const uint64_t bank = matrix_at(shared_address(sh.tile[i % T::kStages]));
+    const uint64_t locals = matrix_at(shared_address(sh.local) + group * T::kHalf * 128);
+#pragma unroll
+    for (int c = 0; c < T::kColumns; ++c)
+#pragma unroll
+      for (int k = 0; k < kBoxColumns / 16; ++k) {
+        const int step = (c * T::kBoxBytes + k * 32) >> 4;  // 16 elements along the rows
+        product<S, false>(s, bank + step, locals + step, c + k > 0);
+      }
+    products_commit();
+  }
+  __device__ __forceinline__ void end_scores(float (&s)[kScores]) {
+    products_wait<0>();
+    hold(s);
+  }
+
+  // To the thread of the same place in the other block; the sums are the same bits in both.
+  __device__ __forceinline__ void send_scores(int i, const float (&s)[kScores]) {
+    if constexpr (T::kCluster == 2) {
+      if (i > 0) barrier_wait(at(sh.partial_empty[group]), (i - 1) & 1);
+      const uint32_t barrier = shared_of(at(sh.partial_full[group]), rank ^ 1);
+#pragma unroll
+      for (int q = 0; q < kScores / 4; ++q)
+        store_there(shared_of(at(sh.partial[group][q][thread]), rank ^ 1), s[4 * q], s[4 * q + 1],
+                    s[4 * q + 2], s[4 * q + 3], barrier);
+    }
+  }
+  __device__ __forceinline__ void receive_scores(int i, float (&s)[kScores]) {
+    if constexpr (T::kCluster == 2) {
+      if (thread == 0) barrier_expect(at(sh.partial_full[group]), sizeof(sh.partial[0]));
+      barrier_wait(at(sh.partial_full[group]), i & 1);
+#pragma unroll
+      for (int q = 0; q < kScores / 4; ++q) {
+        const float4 other = sh.partial[group][q][thread];
+        s[4 * q] += other.x;
+        s[4 * q + 1] += other.y;
+        s[4 * q + 2] += other.z;
+        s[4 * q + 3] += other.w;
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive_there(shared_of(at(sh.partial_empty[group]), rank ^ 1));
+    }
+  }
+
+  // --- weights ----------------------------------------------------------------------------------------
+
+  // The buffer of weights that tile i will fill.
+  __device__ __forceinline__ void claim(int i) {
+    if (i >= 2) barrier_wait(at(sh.weights_empty[i % 2]), (i / 2 - 1) & 1);
+  }
+
+  // Tile i: scores to weights, into the buffer that the summing warps read next.
+  __device__ __forceinline__ void weigh(int i, const Needed& p, float (&s)[kScores]) {
+    const SlotTile t = tile(i);
+    const int buffer = i % 2;
+    const bool biased = use_offsets() && t.mean >= 0;
+    bool raised = false;
+    float scale = a.scale * kLog2e, w[kScores];
+    claim(i);
+    if (kQuerySide && __any_sync(0xffffffffu, t.unit != unit)) close_units(t.unit);
+    if (a.masked() || __any_sync(0xffffffffu, t.local || t.count < kBoxRows)) leave_out(t, p, s);
+    if (kQuerySide && use_offsets() && t.for_table) {  // the table is without offsets
+      raise<1>(s, scale, w, buffer);
+      accumulate(w, unit_sum);
+    }
+    if (biased) {
+      add_bias(p, s, scale);
+      scale = 1;
+    }
+    if constexpr (kQuerySide) {
+      raised = raise<0>(s, scale, w, buffer);
+      if (!use_offsets())
+        accumulate(w, unit_sum);
+      else if (t.in_loss)
+        accumulate(w, sum);
+      unit_in_loss = t.in_loss;
+    } else {
+      const float top[2] = {p.lse[0] * kLog2e - kShift, p.lse[1] * kLog2e - kShift};
+#pragma unroll
+      for (int x = 0; x < kScores; ++x) w[x] = exp2_(s[x] * scale - top[x / 2 % 2]);
+    }
+    if (biased && a.with_grad) store_mass(t, w);
+    if (t.local) drop_targets(t, w);
+    if (t.in_loss && a.with_grad) store_weights(buffer, w);
+    if (thread == 0)
+      sh.order[buffer][group] = !t.in_loss || !a.with_grad ? Order::skip
+                                : raised                   ? Order::rescale_and_add
+                                                           : Order::add;
+    fence_for_products();
+    __syncwarp();
+    if (lane == 0) barrier_arrive(at(sh.weights_full[buffer]));
+  }
+
+  __device__ __forceinline__ void add_bias(const Needed& p, float (&s)[kScores], float scale) {
+    sync();  // the bias of the tile before has been read
+    if (thread < T::kHalf) sh.bias[my_column()] = p.bias;
+    sync();
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float2 b = *reinterpret_cast<const float2*>(&sh.bias[my_local(j)]);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        s[4 * j + 2 * h] = s[4 * j + 2 * h] * scale + b.x;
+        s[4 * j + 2 * h + 1] = s[4 * j + 2 * h + 1] * scale + b.y;
+      }
+    }
+  }
+
+  // No score where there is no vector or a false negative: the column holds the same passage as the
+  // row's positive and is not it.
+  __device__ __forceinline__ void leave_out(const SlotTile& t, const Needed& p,
+                                            float (&s)[kScores]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int r = my_row() + 8 * h, own = t.local ? target(t, r) : -1;
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int l = my_local(j) + e;
+          bool out = r >= t.count;
+          if (a.masked()) {
+            const int64_t mine = sh.local_id[l];
+            out |= mine == p.id[h] && mine != -1 && l != own;
+          }
+          if (out) s[4 * j + 2 * h + e] = minus_infinity<float>();
+        }
+    }
+  }
+  // The local vector of this block that row r of a local tile is the target of, or has as its own.
+  __device__ __forceinline__ int target(const SlotTile& t, int r) const {
+    if constexpr (kQuerySide) return t.kind == 0 ? t.slot + r - first : -1;
+    return (t.slot + r) * a.m - first;
+  }
+  // The target is in the sums, not in the products: see reduce.cuh.
+  __device__ __forceinline__ void drop_targets(const SlotTile& t, float (&w)[kScores]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int own = target(t, my_row() + 8 * h);
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (my_local(j) + e == own) w[4 * j + 2 * h + e] = 0;
+    }
+  }
+
+  // sums: of the thread's locals, over its bank vectors.
+  __device__ __forceinline__ static void accumulate(const float (&w)[kScores],
+                                                    float (&sums)[kMine]) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) sums[2 * j + e] += w[4 * j + e] + w[4 * j + 2 + e];
+  }
+
+  // Scores relative to the references: of the loss (0) or of the table (1).
+  __device__ __forceinline__ void relate(int which, const float (&s)[kScores], float scale,
+                                         float (&x)[kScores]) const {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float2 top = *reinterpret_cast<const float2*>(&sh.reference[which][my_local(j)]);
+      top = {fmaxf(top.x, -1e30f), fmaxf(top.y, -1e30f)};  // -inf minus -inf would be NaN
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        x[4 * j + 2 * h] = s[4 * j + 2 * h] * scale - top.x;
+        x[4 * j + 2 * h + 1] = s[4 * j + 2 * h + 1] * scale - top.y;
+      }
+    }
+  }
+  // Weights w. True if the references had to be raised, with all sums that hang on them: some weight
+  // was too large. Without offsets the loss and the table share the references of the loss.
+  template <int which>
+  __device__ __forceinline__ bool raise(const float (&s)[kScores], float scale, float (&w)[kScores],
+                                        int buffer) {
+    relate(which, s, scale, w);
+    float most[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      most[j] = fmaxf(fmaxf(w[4 * j], w[4 * j + 1]), fmaxf(w[4 * j + 2], w[4 * j + 3]));
+    const float largest = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
+    const bool raised = named_any<T::kGroup>(1 + group, largest > kShift + kRoom);
+    if (raised) {
+      raise_references<which>(s, scale, buffer);
+      relate(which, s, scale, w);
+    }
+#pragma unroll
+    for (int x = 0; x < kScores; ++x) w[x] = exp2_(w[x]);
+    return raised;
+  }
+  template <int which>
+  __device__ __forceinline__ void raise_references(const float (&s)[kScores], float scale,
+                                                   int buffer) {
+    float top[kMine];
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float most = fmaxf(s[4 * j + e], s[4 * j + 2 + e]) * scale;
+#pragma unroll
+        for (int bit = 4; bit < 32; bit *= 2)
+          most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, bit));
+        if (lane < 4) sh.column[warp][my_local(j) + e] = most;
+      }
+    sync();
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int l = my_local(j) + e;
+        const float before = sh.reference[which][l];
+        float most = before + kShift;
+#pragma unroll
+        for (int w = 0; w < 4; ++w) most = fmaxf(most, sh.column[w][l]);
+        top[2 * j + e] = most - kShift;
+        const float factor = before == top[2 * j + e] ? 1.f : exp2_(before - top[2 * j + e]);
+        if (which == 0) sum[2 * j + e] *= factor;
+        if (which == 1 || !use_offsets()) unit_sum[2 * j + e] *= factor;
+        if (which == 0 && warp == 0 && lane < 4) sh.shrink[buffer][l] = factor;
+      }
+    sync();  // all have read the references that now change
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (warp == 0 && lane < 4) sh.reference[which][my_local(j) + e] = top[2 * j + e];
+    sync();
+  }
+
+  __device__ __forceinline__ void store_weights(int buffer, const float (&w)[kScores]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int r = my_row() + 8 * h;
+      char* row = sh.weight[buffer] + r * 128 + lane % 4 * 4;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float x = w[4 * j + 2 * h], y = w[4 * j + 2 * h + 1];
+        // 16-byte units, swizzled as matrix_at() says.
+        void* to = row + (((T::kHalf / 8 * group + j) ^ (r & 7)) << 4);
+        if constexpr (std::is_same_v<S, Bf16>)
+          *static_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(x, y);
+        else
+          *static_cast<__half2*>(to) = __floats2half2_rn(x, y);
+      }
+    }
+  }
+
+  // --- sums -------------------------------------------------------------------------------------------
+
+  // Sums over all bank vectors; the first 32 threads get that of my_column().
+  __device__ __forceinline__ float sum_columns(const float (&mine)[kMine]) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float whole = mine[2 * j + e];
+#pragma unroll
+        for (int bit = 4; bit < 32; bit *= 2) whole += __shfl_xor_sync(0xffffffffu, whole, bit);
+        if (lane < 4) sh.column[warp][my_local(j) + e] = whole;
+      }
+    sync();
+    float whole = 0;
+    if (thread < T::kHalf)
+#pragma unroll
+      for (int w = 0; w < 4; ++w) whole += sh.column[w][my_column()];
+    sync();
+    return whole;
+  }
+
+  // Whether the thread stores what all blocks of the cluster know, for my_column().
+  __device__ __forceinline__ bool stores() const {
+    return rank == 0 && thread < T::kHalf && first + my_column() < total;
+  }
+
+  // Table entries of units [unit, end): the first is what has been summed, the others are empty.
+  // Before the first unit come the local vectors, which have no entry.
+  __device__ __forceinline__ void close_units(int end) {
+    if (a.incremental) {
+      const float whole = sum_columns(unit_sum);
+      const float top = sh.reference[use_offsets() ? 1 : 0][my_column()];
+      const float lse = whole == 0 ? minus_infinity<float>() : (top + log2f(whole)) * kLn2;
+      for (int u = max(unit, first_unit); u < end; ++u)
+        if (stores())
+          a.unit_lse[int64_t(u) * a.n + first + my_column()] =
+              u == unit ? lse : minus_infinity<float>();
+    }
+#pragma unroll
+    for (int x = 0; x < kMine; ++x) {
+      if (!use_offsets() && unit_in_loss) sum[x] += unit_sum[x];
+      unit_sum[x] = 0;
+    }
+    unit = end;
+  }
+
+  __device__ __forceinline__ void store_sums() {
+    const float whole = sum_columns(sum);
+    if (!stores()) return;
+    const int64_t to = int64_t(split) * total + first + my_column();
+    a.part_max[to] = sh.reference[0][my_column()] * kLn2;
+    a.part_sum[to] = whole;
+  }
+
+  // The tile's probability mass: the weight of its offset. Query side: its logarithm, base 2.
+  __device__ __forceinline__ void store_mass(const SlotTile& t, const float (&w)[kScores]) {
+    float mine[kMine] = {};
+    accumulate(w, mine);
+    const float whole = sum_columns(mine);
+    if (!stores()) return;
+    const int64_t group_of_slots =
+        int64_t(mass_index(a, ring, t.slot)) * (kQuerySide ? int(a.m) : 1) + t.kind;
+    const int64_t to = group_of_slots * total + first + my_column();
+    if constexpr (kQuerySide)
+      a.query_mass[to] = sh.reference[0][my_column()] + log2f(whole);
+    else
+      a.passage_mass[to] = whole * exp2_(-kShift);
+  }
+
+  const Args<S>& a;
+  const Ring<S>& ring;
+  Shared& sh;
+  const int rank, group, split, total, first;
+  const int thread, lane, warp;  // of the warpgroup
+  int first_unit = 0, last_unit = 0, unit = 0;
+  bool unit_in_loss = false;
+  float sum[kMine] = {}, unit_sum[kMine] = {};  // by local vector, over the thread's bank vectors
+};
+
+}  // namespace contaccum
