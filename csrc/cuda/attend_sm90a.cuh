@@ -5,6 +5,7 @@
 //   the operands of warpgroup products from shared memory; sums stay in registers.
 // - 64 x d sums fill the registers at d = 384. For more, two blocks share the elements of d as a
 //   cluster: each multiplies its half, they exchange partial scores, both weigh the whole tile.
+// - Two blocks with different locals share what they read of the bank, where there are that many.
 // - One warp asks the copy engine for tiles, two warpgroups make scores into weights
 //   (weigh_sm90a.cuh), two sum up weighted tiles.
 #pragma once
@@ -24,7 +25,8 @@ class AttendHopper {
         ring(r),
         maps(maps_),
         sh(*reinterpret_cast<Shared*>(raw)),
-        rank(T::kCluster == 2 ? int(cluster_rank()) : 0),
+        rank(T::kCluster == 2 ? int(cluster_rank()) % 2 : 0),
+        share(T::kShare == 2 ? int(cluster_rank()) / T::kCluster : 0),
         split(blockIdx.x / T::kCluster),
         splits(gridDim.x / T::kCluster),
         total(kQuerySide ? args.n : args.n * args.m),
@@ -36,7 +38,7 @@ class AttendHopper {
       barrier_init(at(sh.locals_ready), 1);
       for (int s = 0; s < T::kStages; ++s) {
         barrier_init(at(sh.full[s]), 1);
-        barrier_init(at(sh.empty[s]), 8);  // the warps that sum
+        barrier_init(at(sh.empty[s]), 8 * T::kShare);  // the warps that sum
       }
       for (int b = 0; b < 2; ++b) {
         barrier_init(at(sh.weights_full[b]), 8);  // the warps that score
@@ -46,7 +48,7 @@ class AttendHopper {
       }
       barrier_init_fence();
     }
-    if (T::kCluster == 2)
+    if (T::kCluster * T::kShare > 1)
       cluster_sync();
     else
       __syncthreads();
@@ -55,7 +57,8 @@ class AttendHopper {
     const int group = __shfl_sync(0xffffffffu, int(threadIdx.x) / T::kGroup, 0);
     if (group < 2) {
       registers_up_to<T::kScoreRegisters>();
-      WeighHopper<S, kSide, T>(a, ring, sh, rank, group).run();
+      const int other = (rank ^ 1) + T::kCluster * share;  // with the other elements of d
+      WeighHopper<S, kSide, T>(a, ring, sh, rank, other, group).run();
     } else if (group < 4) {
       registers_up_to<T::kSumRegisters>();
       sum_up(group - 2);
@@ -64,7 +67,7 @@ class AttendHopper {
       if (threadIdx.x == 4 * T::kGroup) copy();
     }
     __syncwarp();
-    if (T::kCluster == 2) cluster_sync();  // neither block leaves while the other may write to it
+    if (T::kCluster * T::kShare > 1) cluster_sync();  // no block leaves while others may write to it
   }
 
  private:
@@ -75,18 +78,13 @@ class AttendHopper {
 
   // --- one thread: tiles from global memory -------------------------------------------------------
 
-  __device__ __forceinline__ void copy_vectors(char* to, const CUtensorMap* map, int kind, int row,
-                                               uint32_t barrier) {
-    barrier_expect(barrier, T::kOperandBytes);
-#pragma unroll
-    for (int c = 0; c < T::kColumns; ++c)
-      copy_box(shared_address(to) + c * T::kBoxBytes, map, rank * T::kSlice + c * kBoxColumns, kind,
-               row, barrier);
-  }
-
   __device__ __forceinline__ void copy() {
     prefetch_map(&maps.bank);
-    copy_vectors(sh.local, &maps.locals, 0, first, at(sh.locals_ready));
+    barrier_expect(at(sh.locals_ready), T::kOperandBytes);
+#pragma unroll
+    for (int c = 0; c < T::kColumns; ++c)
+      copy_box(shared_address(sh.local) + c * T::kBoxBytes, &maps.locals,
+               rank * T::kSlice + c * kBoxColumns, 0, first, at(sh.locals_ready));
     SlotWalk<S, kQuerySide> walk(a, ring, split, splits);
     bool more = true;
     for (int i = 0; more; ++i) {
@@ -97,10 +95,25 @@ class AttendHopper {
       t = walk.tile;
       if (!more) t.count = 0;
       if (more)
-        copy_vectors(sh.tile[stage], t.local ? &maps.local_vectors : &maps.bank, t.kind, t.slot,
-                     at(sh.full[stage]));
+        copy_tile(stage, t);
       else
         barrier_arrive(at(sh.full[stage]));
+    }
+  }
+
+  // Blocks that share the bank fetch every other box for both.
+  __device__ __forceinline__ void copy_tile(int stage, const SlotTile& t) {
+    const CUtensorMap* map = t.local ? &maps.local_vectors : &maps.bank;
+    const uint32_t full = at(sh.full[stage]), to = shared_address(sh.tile[stage]);
+    barrier_expect(full, T::kOperandBytes);
+#pragma unroll
+    for (int c = 0; c < T::kColumns; ++c) {
+      const int k = rank * T::kSlice + c * kBoxColumns;
+      if constexpr (T::kShare == 1)
+        copy_box(to + c * T::kBoxBytes, map, k, t.kind, t.slot, full);
+      else if (c % 2 == share)
+        copy_box_to(uint16_t((1 | 1 << T::kCluster) << rank), to + c * T::kBoxBytes, map, k, t.kind,
+                    t.slot, full);
     }
   }
 
@@ -144,6 +157,8 @@ class AttendHopper {
         barrier_arrive(at(sh.empty[stage]));
         barrier_arrive(at(sh.weights_empty[buffer]));
       }
+      if (T::kShare == 2 && lane == 1)
+        barrier_arrive_there(shared_of(at(sh.empty[stage]), rank + T::kCluster * (share ^ 1)));
     }
     if (a.with_grad) store(which, acc);
   }
@@ -191,10 +206,11 @@ class AttendHopper {
   const Ring<S>& ring;
   const HopperMaps& maps;
   Shared& sh;
-  const int rank, split, splits, total, first, lane;
+  const int rank, share;  // which elements of d; which of the blocks that share the bank
+  const int split, splits, total, first, lane;
 };
 
-// Grid (splits * kCluster, locals / 64), clusters of kCluster.
+// Grid (splits * kCluster, locals / 64), clusters of (kCluster, kShare).
 template <class S, Side kSide, class T>
 __global__ void __launch_bounds__(T::kThreads, 1)
     attend_sm90a(const Args<S> a, const __grid_constant__ HopperMaps maps) {

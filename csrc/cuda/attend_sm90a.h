@@ -46,8 +46,9 @@ bool takes_rows_sm90a(const CudaStep& step) {
   return !step.options.use_offsets || has_offset_arrays<S>(step);
 }
 
-// Blocks of a cluster: two share the elements of a long vector.
-inline int cluster_of(int64_t d) { return d <= 384 ? 1 : 2; }
+// Groups of 64 local vectors for which a pass may be split so that all thread blocks run at once.
+template <class S>
+int sm90a_blocks_at_once(const CudaStep& step, int64_t locals);
 
 // False where the driver cannot describe the tensors.
 template <class S>

@@ -1,6 +1,9 @@
 // Launches of the kernels for sm_90a.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
+
 #include "attend_sm90a.cuh"
 #include "attend_sm90a.h"
 #include "rows_sm90a.cuh"
@@ -21,35 +24,76 @@ bool describe(const Args<S>& a, HopperMaps& maps) {
          describe_tensor(&maps.bank, bf16, bank, capacity ? capacity : n, kinds, a.d);
 }
 
+// Blocks are launched in clusters of (kCluster, kShare).
+template <class S, Side kSide, class T>
+struct AttendLaunch {
+  static constexpr int kBytes = sizeof(HopperShared<T>);
+  static_assert(kBytes <= 227 << 10, "what a block may have");
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute cluster{};
+
+  AttendLaunch(int splits, int64_t locals, cudaStream_t stream) {
+    cudaFuncSetAttribute(attend_sm90a<S, kSide, T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         kBytes);
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {T::kCluster, T::kShare, 1};
+    config.gridDim = dim3(splits * T::kCluster, unsigned(ceil_div(locals, T::kLocal)));
+    config.blockDim = dim3(T::kThreads);
+    config.dynamicSmemBytes = kBytes;
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
+};
+
 template <class S, Side kSide, class T>
 bool launch_tile_sm90a(const Args<S>& a, int splits, cudaStream_t stream) {
   constexpr bool kQuerySide = kSide != Side::passages;
   HopperMaps maps;
   if (!describe<S, kQuerySide>(a, maps)) return false;
-  constexpr int bytes = sizeof(HopperShared<T>);
-  static_assert(bytes <= 227 << 10, "what a block may have");
-  const auto kernel = attend_sm90a<S, kSide, T>;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {T::kCluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim =
-      dim3(splits * T::kCluster, unsigned(ceil_div(kQuerySide ? a.n : a.n * a.m, T::kLocal)));
-  config.blockDim = dim3(T::kThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, kernel, a, maps);
+  AttendLaunch<S, kSide, T> launch(splits, kQuerySide ? a.n : a.n * a.m, stream);
+  cudaLaunchKernelEx(&launch.config, attend_sm90a<S, kSide, T>, a, maps);
   return true;
+}
+
+// Calls f with the tile for vectors of d elements and a number of local ones.
+template <class F>
+auto with_tile_sm90a(int64_t d, int64_t locals, F f) {
+  const bool shared = ceil_div(locals, 64) % 2 == 0;
+  if (d <= 128) return shared ? f(HopperTile<128, 1, 6, 2>{}) : f(HopperTile<128, 1, 6, 1>{});
+  if (d <= 384) return shared ? f(HopperTile<384, 1, 3, 2>{}) : f(HopperTile<384, 1, 3, 1>{});
+  return shared ? f(HopperTile<384, 2, 3, 2>{}) : f(HopperTile<384, 2, 3, 1>{});
 }
 
 template <class S, Side kSide>
 bool launch_side_sm90a(const Args<S>& a, int splits, cudaStream_t stream) {
-  if (a.d <= 128) return launch_tile_sm90a<S, kSide, HopperTile<128, 1, 6>>(a, splits, stream);
-  if (a.d <= 384) return launch_tile_sm90a<S, kSide, HopperTile<384, 1, 3>>(a, splits, stream);
-  return launch_tile_sm90a<S, kSide, HopperTile<384, 2, 3>>(a, splits, stream);
+  const int64_t locals = kSide == Side::passages ? a.n * a.m : a.n;
+  return with_tile_sm90a(a.d, locals, [&](auto tile) {
+    return launch_tile_sm90a<S, kSide, decltype(tile)>(a, splits, stream);
+  });
+}
+
+// Not every number of multiprocessors can be cut into clusters: the driver says how many fit.
+template <class S>
+int sm90a_blocks_at_once(const CudaStep& step, int64_t locals) {
+  return with_tile_sm90a(step.layout.d, locals, [&](auto tile) {
+    using T = decltype(tile);
+    constexpr int kDevices = 64;
+    static std::atomic<int> clusters[kDevices];
+    int device = 0, found = 0;
+    cudaGetDevice(&device);
+    if (device < kDevices) found = clusters[device];
+    if (found == 0) {
+      AttendLaunch<S, Side::passages, T> launch(step.device.multiprocessors, T::kShare * T::kLocal,
+                                                nullptr);
+      const cudaError_t error = cudaOccupancyMaxActiveClusters(
+          &found, attend_sm90a<S, Side::passages, T>, &launch.config);
+      if (error != cudaSuccess || found < 1)
+        found = std::max(1, step.device.multiprocessors / (T::kCluster * T::kShare));
+      if (device < kDevices) clusters[device] = found;
+    }
+    return found * T::kShare;
+  });
 }
 
 template <class S>

@@ -124,13 +124,14 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
       "l"(map), "r"(k), "r"(kind), "r"(row), "r"(barrier)
       : "memory");
 }
-// The same into both blocks of a cluster, at the same place; each has its barrier count the bytes.
-__device__ __forceinline__ void copy_box_to_both(uint32_t to, const CUtensorMap* map, int k, int kind,
-                                                 int row, uint32_t barrier) {
+// The same into several blocks of the cluster (bits of `blocks`), at the same place; each has its own
+// barrier count the bytes.
+__device__ __forceinline__ void copy_box_to(uint16_t blocks, uint32_t to, const CUtensorMap* map,
+                                            int k, int kind, int row, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes."
       "multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;\n" ::"r"(to),
-      "l"(map), "r"(k), "r"(kind), "r"(row), "r"(barrier), "h"(uint16_t(3))
+      "l"(map), "r"(k), "r"(kind), "r"(row), "r"(barrier), "h"(blocks)
       : "memory");
 }
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {

@@ -225,7 +225,7 @@ class BankedRowsHopper {
 #pragma unroll
         for (int q = 0; q < T::kTiles; ++q)
           if (q < tiles && q % 2 == rank)
-            copy_box_to_both(shared_address(sh.columns[stage][q]), map[q], s * kBoxColumns, 0,
+            copy_box_to(3, shared_address(sh.columns[stage][q]), map[q], s * kBoxColumns, 0,
                              begin[q], full);
       }
     }

@@ -49,9 +49,11 @@ struct RowsTile {
   static_assert(kWarpsDown * (kColumns / kWarpColumns) == kWarps, "a part for each warp");
 };
 
-// Hopper: kSlice elements of d a block, half of the vectors' where two blocks share them.
-template <int kSlice_, int kCluster_, int kStages_>
+// Hopper: kSlice elements of d a block, half of the vectors' where two blocks share them. kShare: blocks
+// with different locals that read the same bank, each tile from memory once.
+template <int kSlice_, int kCluster_, int kStages_, int kShare_>
 struct HopperTile {
+  static constexpr int kShare = kShare_;
   static constexpr int kSlice = kSlice_, kCluster = kCluster_;
   static constexpr int kStages = kStages_;  // what 227 KiB of shared memory leave beside the locals
   static constexpr int kLocal = 64, kHalf = kLocal / 2;  // half: of a scoring warpgroup

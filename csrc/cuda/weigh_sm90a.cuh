@@ -25,11 +25,12 @@ class WeighHopper {
 
  public:
   __device__ __forceinline__ WeighHopper(const Args<S>& args, const Ring<S>& r, Shared& shared,
-                                         int rank_, int group_)
+                                         int rank_, int other_, int group_)
       : a(args),
         ring(r),
         sh(shared),
         rank(rank_),
+        other_block(other_),
         group(group_),
         split(blockIdx.x / T::kCluster),
         total(kQuerySide ? args.n : args.n * args.m),
@@ -164,11 +165,11 @@ class WeighHopper {
   __device__ __forceinline__ void send_scores(int i, const float (&s)[kScores]) {
     if constexpr (T::kCluster == 2) {
       if (i > 0) barrier_wait(at(sh.partial_empty[group]), (i - 1) & 1);
-      const uint32_t barrier = shared_of(at(sh.partial_full[group]), rank ^ 1);
+      const uint32_t barrier = shared_of(at(sh.partial_full[group]), other_block);
 #pragma unroll
       for (int q = 0; q < kScores / 4; ++q)
-        store_there(shared_of(at(sh.partial[group][q][thread]), rank ^ 1), s[4 * q], s[4 * q + 1],
-                    s[4 * q + 2], s[4 * q + 3], barrier);
+        store_there(shared_of(at(sh.partial[group][q][thread]), other_block), s[4 * q],
+                    s[4 * q + 1], s[4 * q + 2], s[4 * q + 3], barrier);
     }
   }
   __device__ __forceinline__ void receive_scores(int i, float (&s)[kScores]) {
@@ -184,7 +185,7 @@ class WeighHopper {
         s[4 * q + 3] += other.w;
       }
       __syncwarp();
-      if (lane == 0) barrier_arrive_there(shared_of(at(sh.partial_empty[group]), rank ^ 1));
+      if (lane == 0) barrier_arrive_there(shared_of(at(sh.partial_empty[group]), other_block));
     }
   }
 
@@ -218,7 +219,7 @@ class WeighHopper {
       if (!use_offsets())
         accumulate(w, unit_sum);
       else if (t.in_loss)
-        accumulate(w, sum);
+        accumulate(w, biased_sum);
       unit_in_loss = t.in_loss;
     } else {
       const float top[2] = {p.lse[0] * kLog2e - kShift, p.lse[1] * kLog2e - kShift};
@@ -360,11 +361,12 @@ class WeighHopper {
         for (int w = 0; w < 4; ++w) most = fmaxf(most, sh.column[w][l]);
         top[2 * j + e] = most - kShift;
         const float factor = before == top[2 * j + e] ? 1.f : exp2_(before - top[2 * j + e]);
-        if (which == 0) sum[2 * j + e] *= factor;
+        if (which == 0 && use_offsets()) biased_sum[2 * j + e] *= factor;
         if (which == 1 || !use_offsets()) unit_sum[2 * j + e] *= factor;
         if (which == 0 && warp == 0 && lane < 4) sh.shrink[buffer][l] = factor;
       }
     sync();  // all have read the references that now change
+    if (which == 0 && thread < T::kHalf) loss_sum *= sh.shrink[buffer][my_column()];
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
@@ -421,8 +423,9 @@ class WeighHopper {
   // Table entries of units [unit, end): the first is what has been summed, the others are empty.
   // Before the first unit come the local vectors, which have no entry.
   __device__ __forceinline__ void close_units(int end) {
+    const float whole = sum_columns(unit_sum);
+    if (!use_offsets() && unit_in_loss) loss_sum += whole;
     if (a.incremental) {
-      const float whole = sum_columns(unit_sum);
       const float top = sh.reference[use_offsets() ? 1 : 0][my_column()];
       const float lse = whole == 0 ? minus_infinity<float>() : (top + log2f(whole)) * kLn2;
       for (int u = max(unit, first_unit); u < end; ++u)
@@ -431,19 +434,16 @@ class WeighHopper {
               u == unit ? lse : minus_infinity<float>();
     }
 #pragma unroll
-    for (int x = 0; x < kMine; ++x) {
-      if (!use_offsets() && unit_in_loss) sum[x] += unit_sum[x];
-      unit_sum[x] = 0;
-    }
+    for (int x = 0; x < kMine; ++x) unit_sum[x] = 0;
     unit = end;
   }
 
   __device__ __forceinline__ void store_sums() {
-    const float whole = sum_columns(sum);
+    if (use_offsets()) loss_sum = sum_columns(biased_sum);
     if (!stores()) return;
     const int64_t to = int64_t(split) * total + first + my_column();
     a.part_max[to] = sh.reference[0][my_column()] * kLn2;
-    a.part_sum[to] = whole;
+    a.part_sum[to] = loss_sum;
   }
 
   // The tile's probability mass: the weight of its offset. Query side: its logarithm, base 2.
@@ -464,11 +464,13 @@ class WeighHopper {
   const Args<S>& a;
   const Ring<S>& ring;
   Shared& sh;
-  const int rank, group, split, total, first;
+  const int rank, other_block, group, split, total, first;
   const int thread, lane, warp;  // of the warpgroup
   int first_unit = 0, last_unit = 0, unit = 0;
   bool unit_in_loss = false;
-  float sum[kMine] = {}, unit_sum[kMine] = {};  // by local vector, over the thread's bank vectors
+  // By local vector, over the thread's bank vectors: of the unit, without offsets; of all, with them.
+  float unit_sum[kMine] = {}, biased_sum[kMine] = {};
+  float loss_sum = 0;  // of my_column(), over all bank vectors
 };
 
 }  // namespace contaccum
