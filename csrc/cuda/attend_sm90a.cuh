@@ -5,9 +5,8 @@
 //   the operands of warpgroup products from shared memory; sums stay in registers.
 // - 64 x d sums fill the registers at d = 384. For more, two blocks share the elements of d as a
 //   cluster: each multiplies its half, they exchange partial scores, both weigh the whole tile.
-// - Two blocks with different locals share what they read of the bank, where there are that many.
-// - One warp asks the copy engine for tiles, two warpgroups make scores into weights
-//   (weigh_sm90a.cuh), two sum up weighted tiles.
+// - One warp asks the copy engine for tiles, a warpgroup makes scores into weights (weigh_sm90a.cuh),
+//   two sum up weighted tiles.
 #pragma once
 
 #include "weigh_sm90a.cuh"
@@ -25,8 +24,7 @@ class AttendHopper {
         ring(r),
         maps(maps_),
         sh(*reinterpret_cast<Shared*>(raw)),
-        rank(T::kCluster == 2 ? int(cluster_rank()) % 2 : 0),
-        share(T::kShare == 2 ? int(cluster_rank()) / T::kCluster : 0),
+        rank(T::kCluster == 2 ? int(cluster_rank()) : 0),
         split(blockIdx.x / T::kCluster),
         splits(gridDim.x / T::kCluster),
         total(kQuerySide ? args.n : args.n * args.m),
@@ -38,36 +36,35 @@ class AttendHopper {
       barrier_init(at(sh.locals_ready), 1);
       for (int s = 0; s < T::kStages; ++s) {
         barrier_init(at(sh.full[s]), 1);
-        barrier_init(at(sh.empty[s]), 8 * T::kShare);  // the warps that sum
+        barrier_init(at(sh.empty[s]), 8);  // the warps that sum
       }
       for (int b = 0; b < 2; ++b) {
-        barrier_init(at(sh.weights_full[b]), 8);  // the warps that score
+        barrier_init(at(sh.weights_full[b]), 4);  // the warps that score
         barrier_init(at(sh.weights_empty[b]), 8);
-        barrier_init(at(sh.partial_full[b]), 1);
-        barrier_init(at(sh.partial_empty[b]), 4);
       }
+      barrier_init(at(sh.partial_full), 1);
+      barrier_init(at(sh.partial_empty), 4);
       barrier_init_fence();
     }
-    if (T::kCluster * T::kShare > 1)
+    if (T::kCluster == 2)
       cluster_sync();
     else
       __syncthreads();
     // Not known to the compiler to be the same in a warp; products in a branch that might diverge are
     // serialised.
     const int group = __shfl_sync(0xffffffffu, int(threadIdx.x) / T::kGroup, 0);
-    if (group < 2) {
+    if (group == 0) {
       registers_up_to<T::kScoreRegisters>();
-      const int other = (rank ^ 1) + T::kCluster * share;  // with the other elements of d
-      WeighHopper<S, kSide, T>(a, ring, sh, rank, other, group).run();
-    } else if (group < 4) {
+      WeighHopper<S, kSide, T>(a, ring, sh, rank).run();
+    } else if (group < 3) {
       registers_up_to<T::kSumRegisters>();
-      sum_up(group - 2);
+      sum_up(group - 1);
     } else {
       registers_down_to<T::kCopyRegisters>();
-      if (threadIdx.x == 4 * T::kGroup) copy();
+      if (threadIdx.x == 3 * T::kGroup) copy();
     }
     __syncwarp();
-    if (T::kCluster * T::kShare > 1) cluster_sync();  // no block leaves while others may write to it
+    if (T::kCluster == 2) cluster_sync();  // neither block leaves while the other may write to it
   }
 
  private:
@@ -78,13 +75,18 @@ class AttendHopper {
 
   // --- one thread: tiles from global memory -------------------------------------------------------
 
-  __device__ __forceinline__ void copy() {
-    prefetch_map(&maps.bank);
-    barrier_expect(at(sh.locals_ready), T::kOperandBytes);
+  __device__ __forceinline__ void copy_vectors(char* to, const CUtensorMap* map, int kind, int row,
+                                               uint32_t barrier) {
+    barrier_expect(barrier, T::kOperandBytes);
 #pragma unroll
     for (int c = 0; c < T::kColumns; ++c)
-      copy_box(shared_address(sh.local) + c * T::kBoxBytes, &maps.locals,
-               rank * T::kSlice + c * kBoxColumns, 0, first, at(sh.locals_ready));
+      copy_box(shared_address(to) + c * T::kBoxBytes, map, rank * T::kSlice + c * kBoxColumns, kind,
+               row, barrier);
+  }
+
+  __device__ __forceinline__ void copy() {
+    prefetch_map(&maps.bank);
+    copy_vectors(sh.local, &maps.locals, 0, first, at(sh.locals_ready));
     SlotWalk<S, kQuerySide> walk(a, ring, split, splits);
     bool more = true;
     for (int i = 0; more; ++i) {
@@ -93,27 +95,12 @@ class AttendHopper {
       if (i >= T::kStages) barrier_wait(at(sh.empty[stage]), (i / T::kStages - 1) & 1);
       SlotTile& t = sh.slots[stage];
       t = walk.tile;
-      if (!more) t.count = 0;
+      if (!more) t.count = 0;  // tells those who wait for a tile
       if (more)
-        copy_tile(stage, t);
+        copy_vectors(sh.tile[stage], t.local ? &maps.local_vectors : &maps.bank, t.kind, t.slot,
+                     at(sh.full[stage]));
       else
         barrier_arrive(at(sh.full[stage]));
-    }
-  }
-
-  // Blocks that share the bank fetch every other box for both.
-  __device__ __forceinline__ void copy_tile(int stage, const SlotTile& t) {
-    const CUtensorMap* map = t.local ? &maps.local_vectors : &maps.bank;
-    const uint32_t full = at(sh.full[stage]), to = shared_address(sh.tile[stage]);
-    barrier_expect(full, T::kOperandBytes);
-#pragma unroll
-    for (int c = 0; c < T::kColumns; ++c) {
-      const int k = rank * T::kSlice + c * kBoxColumns;
-      if constexpr (T::kShare == 1)
-        copy_box(to + c * T::kBoxBytes, map, k, t.kind, t.slot, full);
-      else if (c % 2 == share)
-        copy_box_to(uint16_t((1 | 1 << T::kCluster) << rank), to + c * T::kBoxBytes, map, k, t.kind,
-                    t.slot, full);
     }
   }
 
@@ -128,12 +115,10 @@ class AttendHopper {
     for (int i = 0;; ++i) {
       const int buffer = i % 2, stage = i % T::kStages;
       barrier_wait(at(sh.weights_full[buffer]), i / 2 & 1);
-      const Order left = uniform(sh.order[buffer][0]);
-      if (left == Order::stop) break;
-      if (kQuerySide && left == Order::rescale_and_add) rescale<0>(buffer, acc);
-      if (kQuerySide && uniform(sh.order[buffer][1]) == Order::rescale_and_add)
-        rescale<1>(buffer, acc);
-      if (left != Order::skip) {
+      const Order order = uniform(sh.order[buffer]);
+      if (order == Order::stop) break;
+      if (kQuerySide && order == Order::rescale_and_add) rescale(buffer, acc);
+      if (order != Order::skip) {
         const uint64_t weights = matrix_at(shared_address(sh.weight[buffer]));
         const uint64_t tile =
             matrix_at(shared_address(sh.tile[stage]) + which * T::kSums * T::kBoxBytes);
@@ -157,8 +142,6 @@ class AttendHopper {
         barrier_arrive(at(sh.empty[stage]));
         barrier_arrive(at(sh.weights_empty[buffer]));
       }
-      if (T::kShare == 2 && lane == 1)
-        barrier_arrive_there(shared_of(at(sh.empty[stage]), rank + T::kCluster * (share ^ 1)));
     }
     if (a.with_grad) store(which, acc);
   }
@@ -169,11 +152,10 @@ class AttendHopper {
   __device__ __forceinline__ int my_row() const { return threadIdx.x / 32 % 4 * 16 + lane / 4; }
   __device__ __forceinline__ int my_local(int j) const { return 8 * j + lane % 4 * 2; }
 
-  // The references of half of the local vectors have been raised.
-  template <int half>
+  // The references have been raised.
   __device__ __forceinline__ void rescale(int buffer, float (&acc)[T::kSums][32]) {
 #pragma unroll
-    for (int j = 4 * half; j < 4 * half + 4; ++j) {
+    for (int j = 0; j < 8; ++j) {
       const float2 f = *reinterpret_cast<const float2*>(&sh.shrink[buffer][my_local(j)]);
 #pragma unroll
       for (int c = 0; c < T::kSums; ++c)
@@ -206,11 +188,10 @@ class AttendHopper {
   const Ring<S>& ring;
   const HopperMaps& maps;
   Shared& sh;
-  const int rank, share;  // which elements of d; which of the blocks that share the bank
-  const int split, splits, total, first, lane;
+  const int rank, split, splits, total, first, lane;
 };
 
-// Grid (splits * kCluster, locals / 64), clusters of (kCluster, kShare).
+// Grid (splits * kCluster, locals / 64), clusters of kCluster.
 template <class S, Side kSide, class T>
 __global__ void __launch_bounds__(T::kThreads, 1)
     attend_sm90a(const Args<S> a, const __grid_constant__ HopperMaps maps) {

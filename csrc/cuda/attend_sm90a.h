@@ -46,9 +46,9 @@ bool takes_rows_sm90a(const CudaStep& step) {
   return !step.options.use_offsets || has_offset_arrays<S>(step);
 }
 
-// Groups of 64 local vectors for which a pass may be split so that all thread blocks run at once.
+// Clusters of thread blocks of the streaming kernel that fit the device at once.
 template <class S>
-int sm90a_blocks_at_once(const CudaStep& step, int64_t locals);
+int sm90a_clusters_at_once(const CudaStep& step);
 
 // False where the driver cannot describe the tensors.
 template <class S>

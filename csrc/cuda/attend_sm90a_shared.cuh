@@ -10,7 +10,7 @@ namespace contaccum {
 // The query side comes twice: what offsets need there would cost registers without them.
 enum class Side { queries, queries_with_offsets, passages };
 
-// What a scoring warpgroup tells the summing ones about its half of a buffer of weights.
+// What the scoring warpgroup tells the summing ones about a buffer of weights.
 enum class Order : int { add, rescale_and_add, skip, stop };
 
 // Power of two by which weights are larger than they should be: see WeighHopper.
@@ -24,17 +24,16 @@ struct HopperShared {
   char local[T::kOperandBytes];             // 64 local vectors
   char tile[T::kStages][T::kOperandBytes];  // 64 bank vectors
   char weight[2][T::kWeightBytes];          // (bank, local)
-  // The other block's share of the scores, by warpgroup.
-  float4 partial[2][T::kCluster == 2 ? 4 : 1][T::kGroup];
+  float4 partial[T::kCluster == 2 ? 8 : 1][T::kGroup];  // the other block's share of the scores
   float reference[2][T::kLocal];  // of the loss; of the table
   float shrink[2][T::kLocal];
   float bias[T::kLocal];
   float column[4][T::kLocal];  // by warp
   int64_t local_id[T::kLocal];
   SlotTile slots[T::kStages];  // what `tile` holds; no slots behind the last
-  Order order[2][2];           // by warpgroup
+  Order order[2];
   uint64_t locals_ready, full[T::kStages], empty[T::kStages], weights_full[2], weights_empty[2];
-  uint64_t partial_full[2], partial_empty[2];
+  uint64_t partial_full, partial_empty;
 };
 
 struct HopperMaps {

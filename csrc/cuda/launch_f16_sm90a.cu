@@ -3,7 +3,7 @@
 namespace contaccum {
 
 template bool launch_attend_sm90a(const Args<F16>&, bool, int, cudaStream_t);
-template int sm90a_blocks_at_once<F16>(const CudaStep&, int64_t);
+template int sm90a_clusters_at_once<F16>(const CudaStep&);
 template bool launch_rows_sm90a(const Args<F16>&, cudaStream_t);
 
 }  // namespace contaccum

@@ -24,7 +24,7 @@ bool describe(const Args<S>& a, HopperMaps& maps) {
          describe_tensor(&maps.bank, bf16, bank, capacity ? capacity : n, kinds, a.d);
 }
 
-// Blocks are launched in clusters of (kCluster, kShare).
+// Blocks are launched in clusters of kCluster.
 template <class S, Side kSide, class T>
 struct AttendLaunch {
   static constexpr int kBytes = sizeof(HopperShared<T>);
@@ -36,7 +36,7 @@ struct AttendLaunch {
     cudaFuncSetAttribute(attend_sm90a<S, kSide, T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          kBytes);
     cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {T::kCluster, T::kShare, 1};
+    cluster.val.clusterDim = {T::kCluster, 1, 1};
     config.gridDim = dim3(splits * T::kCluster, unsigned(ceil_div(locals, T::kLocal)));
     config.blockDim = dim3(T::kThreads);
     config.dynamicSmemBytes = kBytes;
@@ -56,27 +56,25 @@ bool launch_tile_sm90a(const Args<S>& a, int splits, cudaStream_t stream) {
   return true;
 }
 
-// Calls f with the tile for vectors of d elements and a number of local ones.
+// Calls f with the tile for vectors of d elements.
 template <class F>
-auto with_tile_sm90a(int64_t d, int64_t locals, F f) {
-  const bool shared = ceil_div(locals, 64) % 2 == 0;
-  if (d <= 128) return shared ? f(HopperTile<128, 1, 6, 2>{}) : f(HopperTile<128, 1, 6, 1>{});
-  if (d <= 384) return shared ? f(HopperTile<384, 1, 3, 2>{}) : f(HopperTile<384, 1, 3, 1>{});
-  return shared ? f(HopperTile<384, 2, 3, 2>{}) : f(HopperTile<384, 2, 3, 1>{});
+auto with_tile_sm90a(int64_t d, F f) {
+  if (d <= 128) return f(HopperTile<128, 1, 6>{});
+  if (d <= 384) return f(HopperTile<384, 1, 3>{});
+  return f(HopperTile<384, 2, 3>{});
 }
 
 template <class S, Side kSide>
 bool launch_side_sm90a(const Args<S>& a, int splits, cudaStream_t stream) {
-  const int64_t locals = kSide == Side::passages ? a.n * a.m : a.n;
-  return with_tile_sm90a(a.d, locals, [&](auto tile) {
+  return with_tile_sm90a(a.d, [&](auto tile) {
     return launch_tile_sm90a<S, kSide, decltype(tile)>(a, splits, stream);
   });
 }
 
 // Not every number of multiprocessors can be cut into clusters: the driver says how many fit.
 template <class S>
-int sm90a_blocks_at_once(const CudaStep& step, int64_t locals) {
-  return with_tile_sm90a(step.layout.d, locals, [&](auto tile) {
+int sm90a_clusters_at_once(const CudaStep& step) {
+  return with_tile_sm90a(step.layout.d, [&](auto tile) {
     using T = decltype(tile);
     constexpr int kDevices = 64;
     static std::atomic<int> clusters[kDevices];
@@ -84,15 +82,14 @@ int sm90a_blocks_at_once(const CudaStep& step, int64_t locals) {
     cudaGetDevice(&device);
     if (device < kDevices) found = clusters[device];
     if (found == 0) {
-      AttendLaunch<S, Side::passages, T> launch(step.device.multiprocessors, T::kShare * T::kLocal,
-                                                nullptr);
+      AttendLaunch<S, Side::passages, T> launch(step.device.multiprocessors, T::kLocal, nullptr);
       const cudaError_t error = cudaOccupancyMaxActiveClusters(
           &found, attend_sm90a<S, Side::passages, T>, &launch.config);
       if (error != cudaSuccess || found < 1)
-        found = std::max(1, step.device.multiprocessors / (T::kCluster * T::kShare));
+        found = std::max(1, step.device.multiprocessors / T::kCluster);
       if (device < kDevices) clusters[device] = found;
     }
-    return found * T::kShare;
+    return found;
   });
 }
 

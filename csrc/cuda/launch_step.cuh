@@ -48,7 +48,7 @@ struct Cut {
 template <class S>
 Cut cut_for(const CudaStep& step, int64_t locals) {
   if (takes_sm90a<S>(step, locals))
-    return {kBoxRows, kBoxRows, sm90a_blocks_at_once<S>(step, locals)};
+    return {kBoxRows, kBoxRows, sm90a_clusters_at_once<S>(step)};
   if (takes_tensor_cores<S>(step))
     return {8 * mma_n_tiles(step.layout.d, locals), kMmaBankTile, step.device.multiprocessors};
   return {kLocals<Acc<S>>, kWarps * kTileRows<Acc<S>>,

@@ -49,23 +49,21 @@ struct RowsTile {
   static_assert(kWarpsDown * (kColumns / kWarpColumns) == kWarps, "a part for each warp");
 };
 
-// Hopper: kSlice elements of d a block, half of the vectors' where two blocks share them. kShare: blocks
-// with different locals that read the same bank, each tile from memory once.
-template <int kSlice_, int kCluster_, int kStages_, int kShare_>
+// Hopper: kSlice elements of d a block, half of the vectors' where two blocks share them.
+template <int kSlice_, int kCluster_, int kStages_>
 struct HopperTile {
-  static constexpr int kShare = kShare_;
   static constexpr int kSlice = kSlice_, kCluster = kCluster_;
   static constexpr int kStages = kStages_;  // what 227 KiB of shared memory leave beside the locals
-  static constexpr int kLocal = 64, kHalf = kLocal / 2;  // half: of a scoring warpgroup
+  static constexpr int kLocal = 64;
   static constexpr int kGroup = 128;            // threads of a warpgroup
-  static constexpr int kThreads = 5 * kGroup;   // two score, two sum, one copies
+  static constexpr int kThreads = 4 * kGroup;   // one scores, two sum, one copies
   static constexpr int kColumns = kSlice / 64;  // boxes of 64 vectors by 64 elements
   static constexpr int kSums = kColumns / 2;    // boxes of a summing warpgroup: 32 registers each
   static constexpr int kBoxBytes = 64 * 64 * 2;
   static constexpr int kOperandBytes = kColumns * kBoxBytes;
   static constexpr int kWeightBytes = 64 * 64 * 2;
-  // Of a thread. Together 480: five times the 96 that 640 threads begin with.
-  static constexpr int kCopyRegisters = 32, kSumRegisters = 128, kScoreRegisters = 96;
+  // Of a thread. Together 512: four times the 128 that 512 threads begin with.
+  static constexpr int kCopyRegisters = 48, kSumRegisters = 128, kScoreRegisters = 208;
 };
 
 // Banked rows on Hopper: 128 rows by kTiles * 64 columns, of which four are 128 registers of scores.

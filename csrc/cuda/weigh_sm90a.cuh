@@ -1,11 +1,11 @@
-// The scoring warpgroups of attend_sm90a.cuh: 32 of the block's 64 local vectors each, on their own.
+// The scoring warpgroup of attend_sm90a.cuh.
 //
 // - Scores of a tile of bank vectors come as products; with two blocks to a vector, the blocks
 //   exchange their shares. Those of the next tile are under way meanwhile.
 // - Query side: weights are 2^(score - reference), one reference a local vector. It is raised only when
 //   a score exceeds it by 2^kRoom, which after the first tiles is rare: until then no thread needs to
 //   know another's scores.
-// - A thread has two bank vectors and eight local ones, in the order in which products leave scores:
+// - A thread has two bank vectors and 16 local ones, in the order in which products leave scores:
 //   [4 j + 2 h + e] is bank vector my_row() + 8 h, local my_local(j) + e.
 #pragma once
 
@@ -18,33 +18,31 @@ template <class S, Side kSide, class T>
 class WeighHopper {
   static constexpr bool kQuerySide = kSide != Side::passages;
   using Shared = HopperShared<T>;
-  static constexpr int kScores = 16, kMine = 8;
+  static constexpr int kScores = 32, kMine = 16;
   static constexpr float kRoom = 8;
   // Weights at the reference are 2^kShift: a half keeps its bits down to 2^-14 and ends at 2^16.
   static constexpr float kShift = weight_shift<S>(kSide);
 
  public:
   __device__ __forceinline__ WeighHopper(const Args<S>& args, const Ring<S>& r, Shared& shared,
-                                         int rank_, int other_, int group_)
+                                         int rank_)
       : a(args),
         ring(r),
         sh(shared),
         rank(rank_),
-        other_block(other_),
-        group(group_),
         split(blockIdx.x / T::kCluster),
         total(kQuerySide ? args.n : args.n * args.m),
         first(blockIdx.y * T::kLocal),
-        thread(threadIdx.x % T::kGroup),
+        thread(threadIdx.x),
         lane(threadIdx.x % 32),
-        warp(thread / 32) {}
+        warp(threadIdx.x / 32) {}
 
   __device__ __forceinline__ void run() {
-    if (thread < T::kHalf) {
-      const int l = first + my_column();
-      sh.local_id[my_column()] =
+    if (thread < T::kLocal) {
+      const int l = first + thread;
+      sh.local_id[thread] =
           a.masked() && l < total ? a.local_ids[kQuerySide ? int64_t(l) * a.m : l] : -1;
-      sh.reference[0][my_column()] = sh.reference[1][my_column()] = minus_infinity<float>();
+      sh.reference[0][thread] = sh.reference[1][thread] = minus_infinity<float>();
     }
     sync();
     if constexpr (kQuerySide) {
@@ -53,34 +51,31 @@ class WeighHopper {
       last_unit = int(units * (split + 1) / splits);
       unit = first_unit - 1;
     }
-    float even[kScores] = {}, odd[kScores] = {};
+    float s[kScores] = {}, ahead[kScores] = {};
     barrier_wait(at(sh.locals_ready), 0);
     bool more = wait_tile(0);
     if (more) {
-      start_scores(0, even);
-      end_scores(even);
-      send_scores(0, even);
+      start_scores(0, s);
+      end_scores(s);
+      send_scores(0, s);
     }
     int i = 0;
     // Behind the last tile the products run once more, on that tile, and are not used: products that
     // are under way on some paths only would be serialised.
-    auto step = [&](float (&s)[kScores], float (&ahead)[kScores]) {
+#pragma unroll 1
+    for (; more; ++i) {
       const Needed needed = ask(i);
-      const bool another = wait_tile(i + 1);
-      start_scores(another ? i + 1 : i, ahead);
+      more = wait_tile(i + 1);
+      start_scores(more ? i + 1 : i, ahead);
       receive_scores(i, s);
       weigh(i, needed, s);
       end_scores(ahead);
-      if (another) send_scores(i + 1, ahead);
-      ++i;
-      return another;
-    };
-    while (more) {
-      more = step(even, odd);
-      if (more) more = step(odd, even);
+#pragma unroll
+      for (int x = 0; x < kScores; ++x) s[x] = ahead[x];
+      if (more) send_scores(i + 1, s);
     }
     claim(i);
-    if (thread == 0) sh.order[i % 2][group] = Order::stop;
+    if (thread == 0) sh.order[i % 2] = Order::stop;
     __syncwarp();
     if (lane == 0) barrier_arrive(at(sh.weights_full[i % 2]));
     if (kQuerySide) {
@@ -94,16 +89,12 @@ class WeighHopper {
   __device__ __forceinline__ static uint32_t at(const V& variable) {
     return shared_address(&variable);
   }
-  __device__ __forceinline__ void sync() const { named_sync<T::kGroup>(1 + group); }
+  __device__ __forceinline__ void sync() const { named_sync<T::kGroup>(1); }
   __device__ __forceinline__ bool use_offsets() const {
     return kQuerySide ? kSide == Side::queries_with_offsets : a.use_offsets;
   }
   __device__ __forceinline__ int my_row() const { return warp * 16 + lane / 4; }
-  __device__ __forceinline__ int my_local(int j) const {
-    return T::kHalf * group + 8 * j + lane % 4 * 2;
-  }
-  // The local vector that a thread of the first 32 stands for where sums are whole.
-  __device__ __forceinline__ int my_column() const { return T::kHalf * group + thread % T::kHalf; }
+  __device__ __forceinline__ int my_local(int j) const { return 8 * j + lane % 4 * 2; }
 
   // --- scores -----------------------------------------------------------------------------------------
 
@@ -111,7 +102,7 @@ class WeighHopper {
   struct Needed {
     float lse[2];   // passage side
     int64_t id[2];  // query side: of the column; passage side: of the row's positive
-    float bias;     // of my_column()
+    float bias;     // of local vector `thread`
   };
 
   __device__ __forceinline__ const SlotTile& tile(int i) const { return sh.slots[i % T::kStages]; }
@@ -133,9 +124,9 @@ class WeighHopper {
         p.id[h] = (t.local ? a.local_ids : a.ids)[int64_t(t.slot + r) * a.m +
                                                   (kQuerySide ? t.kind : 0)];
     }
-    if (use_offsets() && t.mean >= 0 && thread < T::kHalf) {
+    if (use_offsets() && t.mean >= 0 && thread < T::kLocal) {
       const int64_t row = kQuerySide ? int64_t(t.mean - 1) * a.m + t.kind : t.mean - 1;
-      const int l = min(first + my_column(), total - 1);
+      const int l = min(first + thread, total - 1);
       p.bias = (kQuerySide ? a.query_bias : a.passage_bias)[row * total + l];
     }
     return p;
@@ -146,7 +137,7 @@ class WeighHopper {
     hold(s);
     products_begin();
     const uint64_t bank = matrix_at(shared_address(sh.tile[i % T::kStages]));
-    const uint64_t locals = matrix_at(shared_address(sh.local) + group * T::kHalf * 128);
+    const uint64_t locals = matrix_at(shared_address(sh.local));
 #pragma unroll
     for (int c = 0; c < T::kColumns; ++c)
 #pragma unroll
@@ -164,28 +155,28 @@ class WeighHopper {
   // To the thread of the same place in the other block; the sums are the same bits in both.
   __device__ __forceinline__ void send_scores(int i, const float (&s)[kScores]) {
     if constexpr (T::kCluster == 2) {
-      if (i > 0) barrier_wait(at(sh.partial_empty[group]), (i - 1) & 1);
-      const uint32_t barrier = shared_of(at(sh.partial_full[group]), other_block);
+      if (i > 0) barrier_wait(at(sh.partial_empty), (i - 1) & 1);
+      const uint32_t barrier = shared_of(at(sh.partial_full), rank ^ 1);
 #pragma unroll
       for (int q = 0; q < kScores / 4; ++q)
-        store_there(shared_of(at(sh.partial[group][q][thread]), other_block), s[4 * q],
-                    s[4 * q + 1], s[4 * q + 2], s[4 * q + 3], barrier);
+        store_there(shared_of(at(sh.partial[q][thread]), rank ^ 1), s[4 * q], s[4 * q + 1],
+                    s[4 * q + 2], s[4 * q + 3], barrier);
     }
   }
   __device__ __forceinline__ void receive_scores(int i, float (&s)[kScores]) {
     if constexpr (T::kCluster == 2) {
-      if (thread == 0) barrier_expect(at(sh.partial_full[group]), sizeof(sh.partial[0]));
-      barrier_wait(at(sh.partial_full[group]), i & 1);
+      if (thread == 0) barrier_expect(at(sh.partial_full), sizeof(sh.partial));
+      barrier_wait(at(sh.partial_full), i & 1);
 #pragma unroll
       for (int q = 0; q < kScores / 4; ++q) {
-        const float4 other = sh.partial[group][q][thread];
+        const float4 other = sh.partial[q][thread];
         s[4 * q] += other.x;
         s[4 * q + 1] += other.y;
         s[4 * q + 2] += other.z;
         s[4 * q + 3] += other.w;
       }
       __syncwarp();
-      if (lane == 0) barrier_arrive_there(shared_of(at(sh.partial_empty[group]), other_block));
+      if (lane == 0) barrier_arrive_there(shared_of(at(sh.partial_empty), rank ^ 1));
     }
   }
 
@@ -230,9 +221,9 @@ class WeighHopper {
     if (t.local) drop_targets(t, w);
     if (t.in_loss && a.with_grad) store_weights(buffer, w);
     if (thread == 0)
-      sh.order[buffer][group] = !t.in_loss || !a.with_grad ? Order::skip
-                                : raised                   ? Order::rescale_and_add
-                                                           : Order::add;
+      sh.order[buffer] = !t.in_loss || !a.with_grad ? Order::skip
+                         : raised                   ? Order::rescale_and_add
+                                                    : Order::add;
     fence_for_products();
     __syncwarp();
     if (lane == 0) barrier_arrive(at(sh.weights_full[buffer]));
@@ -240,10 +231,10 @@ class WeighHopper {
 
   __device__ __forceinline__ void add_bias(const Needed& p, float (&s)[kScores], float scale) {
     sync();  // the bias of the tile before has been read
-    if (thread < T::kHalf) sh.bias[my_column()] = p.bias;
+    if (thread < T::kLocal) sh.bias[thread] = p.bias;
     sync();
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < 8; ++j) {
       const float2 b = *reinterpret_cast<const float2*>(&sh.bias[my_local(j)]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -261,7 +252,7 @@ class WeighHopper {
     for (int h = 0; h < 2; ++h) {
       const int r = my_row() + 8 * h, own = t.local ? target(t, r) : -1;
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
+      for (int j = 0; j < 8; ++j)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int l = my_local(j) + e;
@@ -285,7 +276,7 @@ class WeighHopper {
     for (int h = 0; h < 2; ++h) {
       const int own = target(t, my_row() + 8 * h);
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
+      for (int j = 0; j < 8; ++j)
 #pragma unroll
         for (int e = 0; e < 2; ++e)
           if (my_local(j) + e == own) w[4 * j + 2 * h + e] = 0;
@@ -296,7 +287,7 @@ class WeighHopper {
   __device__ __forceinline__ static void accumulate(const float (&w)[kScores],
                                                     float (&sums)[kMine]) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
+    for (int j = 0; j < 8; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e) sums[2 * j + e] += w[4 * j + e] + w[4 * j + 2 + e];
   }
@@ -305,7 +296,7 @@ class WeighHopper {
   __device__ __forceinline__ void relate(int which, const float (&s)[kScores], float scale,
                                          float (&x)[kScores]) const {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < 8; ++j) {
       float2 top = *reinterpret_cast<const float2*>(&sh.reference[which][my_local(j)]);
       top = {fmaxf(top.x, -1e30f), fmaxf(top.y, -1e30f)};  // -inf minus -inf would be NaN
 #pragma unroll
@@ -321,12 +312,13 @@ class WeighHopper {
   __device__ __forceinline__ bool raise(const float (&s)[kScores], float scale, float (&w)[kScores],
                                         int buffer) {
     relate(which, s, scale, w);
-    float most[4];
+    float most[8];
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
+    for (int j = 0; j < 8; ++j)
       most[j] = fmaxf(fmaxf(w[4 * j], w[4 * j + 1]), fmaxf(w[4 * j + 2], w[4 * j + 3]));
-    const float largest = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
-    const bool raised = named_any<T::kGroup>(1 + group, largest > kShift + kRoom);
+    const float largest = fmaxf(fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3])),
+                                fmaxf(fmaxf(most[4], most[5]), fmaxf(most[6], most[7])));
+    const bool raised = named_any<T::kGroup>(1, largest > kShift + kRoom);
     if (raised) {
       raise_references<which>(s, scale, buffer);
       relate(which, s, scale, w);
@@ -340,7 +332,7 @@ class WeighHopper {
                                                    int buffer) {
     float top[kMine];
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
+    for (int j = 0; j < 8; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float most = fmaxf(s[4 * j + e], s[4 * j + 2 + e]) * scale;
@@ -351,7 +343,7 @@ class WeighHopper {
       }
     sync();
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
+    for (int j = 0; j < 8; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int l = my_local(j) + e;
@@ -366,9 +358,9 @@ class WeighHopper {
         if (which == 0 && warp == 0 && lane < 4) sh.shrink[buffer][l] = factor;
       }
     sync();  // all have read the references that now change
-    if (which == 0 && thread < T::kHalf) loss_sum *= sh.shrink[buffer][my_column()];
+    if (which == 0 && thread < T::kLocal) loss_sum *= sh.shrink[buffer][thread];
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
+    for (int j = 0; j < 8; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
         if (warp == 0 && lane < 4) sh.reference[which][my_local(j) + e] = top[2 * j + e];
@@ -381,10 +373,10 @@ class WeighHopper {
       const int r = my_row() + 8 * h;
       char* row = sh.weight[buffer] + r * 128 + lane % 4 * 4;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < 8; ++j) {
         const float x = w[4 * j + 2 * h], y = w[4 * j + 2 * h + 1];
         // 16-byte units, swizzled as matrix_at() says.
-        void* to = row + (((T::kHalf / 8 * group + j) ^ (r & 7)) << 4);
+        void* to = row + ((j ^ (r & 7)) << 4);
         if constexpr (std::is_same_v<S, Bf16>)
           *static_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(x, y);
         else
@@ -395,10 +387,10 @@ class WeighHopper {
 
   // --- sums -------------------------------------------------------------------------------------------
 
-  // Sums over all bank vectors; the first 32 threads get that of my_column().
+  // Sums over all bank vectors; the first threads get that of local vector `thread`.
   __device__ __forceinline__ float sum_columns(const float (&mine)[kMine]) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
+    for (int j = 0; j < 8; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float whole = mine[2 * j + e];
@@ -408,16 +400,16 @@ class WeighHopper {
       }
     sync();
     float whole = 0;
-    if (thread < T::kHalf)
+    if (thread < T::kLocal)
 #pragma unroll
-      for (int w = 0; w < 4; ++w) whole += sh.column[w][my_column()];
+      for (int w = 0; w < 4; ++w) whole += sh.column[w][thread];
     sync();
     return whole;
   }
 
-  // Whether the thread stores what all blocks of the cluster know, for my_column().
+  // Whether the thread stores what both blocks know, for local vector `thread`.
   __device__ __forceinline__ bool stores() const {
-    return rank == 0 && thread < T::kHalf && first + my_column() < total;
+    return rank == 0 && thread < T::kLocal && first + thread < total;
   }
 
   // Table entries of units [unit, end): the first is what has been summed, the others are empty.
@@ -426,11 +418,11 @@ class WeighHopper {
     const float whole = sum_columns(unit_sum);
     if (!use_offsets() && unit_in_loss) loss_sum += whole;
     if (a.incremental) {
-      const float top = sh.reference[use_offsets() ? 1 : 0][my_column()];
+      const float top = sh.reference[use_offsets() ? 1 : 0][thread % T::kLocal];
       const float lse = whole == 0 ? minus_infinity<float>() : (top + log2f(whole)) * kLn2;
       for (int u = max(unit, first_unit); u < end; ++u)
         if (stores())
-          a.unit_lse[int64_t(u) * a.n + first + my_column()] =
+          a.unit_lse[int64_t(u) * a.n + first + thread] =
               u == unit ? lse : minus_infinity<float>();
     }
 #pragma unroll
@@ -441,8 +433,8 @@ class WeighHopper {
   __device__ __forceinline__ void store_sums() {
     if (use_offsets()) loss_sum = sum_columns(biased_sum);
     if (!stores()) return;
-    const int64_t to = int64_t(split) * total + first + my_column();
-    a.part_max[to] = sh.reference[0][my_column()] * kLn2;
+    const int64_t to = int64_t(split) * total + first + thread;
+    a.part_max[to] = sh.reference[0][thread] * kLn2;
     a.part_sum[to] = loss_sum;
   }
 
@@ -454,9 +446,9 @@ class WeighHopper {
     if (!stores()) return;
     const int64_t group_of_slots =
         int64_t(mass_index(a, ring, t.slot)) * (kQuerySide ? int(a.m) : 1) + t.kind;
-    const int64_t to = group_of_slots * total + first + my_column();
+    const int64_t to = group_of_slots * total + first + thread;
     if constexpr (kQuerySide)
-      a.query_mass[to] = sh.reference[0][my_column()] + log2f(whole);
+      a.query_mass[to] = sh.reference[0][thread] + log2f(whole);
     else
       a.passage_mass[to] = whole * exp2_(-kShift);
   }
@@ -464,13 +456,13 @@ class WeighHopper {
   const Args<S>& a;
   const Ring<S>& ring;
   Shared& sh;
-  const int rank, other_block, group, split, total, first;
+  const int rank, split, total, first;
   const int thread, lane, warp;  // of the warpgroup
   int first_unit = 0, last_unit = 0, unit = 0;
   bool unit_in_loss = false;
   // By local vector, over the thread's bank vectors: of the unit, without offsets; of all, with them.
   float unit_sum[kMine] = {}, biased_sum[kMine] = {};
-  float loss_sum = 0;  // of my_column(), over all bank vectors
+  float loss_sum = 0;  // of local vector `thread`, over all bank vectors
 };
 
 }  // namespace contaccum
