@@ -101,43 +101,22 @@ class _BankedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, queries, passages, *arguments):
-        loss, d_queries, d_passages = ops.banked_loss_(
-            *_with_wide_gradients(queries, passages, arguments[1]), *arguments
-        )
+        loss, d_queries, d_passages = ops.banked_loss_(queries, passages, *arguments)
         ctx.save_for_backward(d_queries, d_passages)
-        # Only to connect second derivatives to their error. Not saved: their values are not used,
-        # so whoever changes them in place afterwards does no harm.
+        # Only for their dtype and to connect second derivatives to their error. Not saved: their
+        # values are not used, so whoever changes them in place afterwards does no harm.
         ctx.inputs = (queries, passages)
         ctx.others = len(arguments)
         return loss
 
     @staticmethod
-    def backward(ctx, grad):
-        # Not a scalar tensor: on CUDA it would first be rounded to the type of narrower gradients,
-        # and the usual loss scale of 65536 is infinite in float16.
-        factor = grad.reshape(1)
-        grads = [
-            (saved * factor).to(tensor.dtype) if needed else None
-            for needed, saved, tensor in zip(
-                ctx.needs_input_grad[:2], ctx.saved_tensors, ctx.inputs, strict=True
-            )
-        ]
+    def backward(ctx, factor):
+        scaled = ops.scaled_gradients(*ctx.saved_tensors, factor, ctx.inputs[0])
         if torch.is_grad_enabled():  # create_graph=True
-            grads = [g if g is None else _SecondDerivative.apply(g, *ctx.inputs) for g in grads]
+            scaled = [_SecondDerivative.apply(g, *ctx.inputs) for g in scaled]
+        needed = ctx.needs_input_grad[:2]
+        grads = [g if n else None for g, n in zip(scaled, needed, strict=True)]
         return (*grads, *[None] * ctx.others)
-
-
-def _with_wide_gradients(
-    queries: Tensor, passages: Tensor, bank_queries: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Float16 inputs as float32, whose gradients the op then rounds to float32.
-
-    In float16 small ones would vanish before a scaled loss has multiplied them. Any combination of
-    dtypes that the op refuses is left to it.
-    """
-    if queries.dtype == passages.dtype == torch.float16 and bank_queries.dtype != torch.float64:
-        return queries.float(), passages.float()
-    return queries, passages
 
 
 class _SecondDerivative(torch.autograd.Function):
