@@ -202,23 +202,25 @@ class DualMemoryBank(nn.Module):
 
     def buffers_in_order(self) -> tuple[Tensor, ...]:
         """The op's bank arguments, in the order of its schema."""
+        b: dict = self._buffers  # as attributes they are what a module looks up last
         return (
-            *(self.bank_queries, self.bank_passages, self.bank_ids, self.cursor),
-            *(self.block_lse, self.group_lse, self.row_state, self.means),
+            *(b["bank_queries"], b["bank_passages"], b["bank_ids"], b["cursor"]),
+            *(b["block_lse"], b["group_lse"], b["row_state"], b["means"]),
         )
 
-    def pending_rebuild(self, scale: float) -> int:
-        """What of the table does not fit this scale or the window that was set."""
+    def pending_rebuild(self, scale: float, window_blocks: int) -> int:
+        """What of the table does not fit this scale or window."""
         if self._scale != scale:
             return ops.REBUILD_TABLE
-        if self._summed_window != self.window_blocks():
+        if self._summed_window != window_blocks:
             return ops.REBUILD_WINDOW
         return ops.REBUILD_NOTHING
 
-    def accept(self, scale: float, has_ids: bool | None) -> None:
+    def accept(self, scale: float, window_blocks: int, has_ids: bool | None) -> None:
         """Note that the op has succeeded: its table fits, and ids were given or not."""
-        self._scale, self._summed_window = scale, self.window_blocks()
-        if has_ids is not None:
+        if (self._scale, self._summed_window) != (scale, window_blocks):  # setting is not cheap
+            self._scale, self._summed_window = scale, window_blocks
+        if has_ids not in (None, self._has_ids):
             self._has_ids = has_ids
 
     def enqueue(self, queries: Tensor, passages: Tensor, passage_ids: Tensor | None = None) -> None:
@@ -283,9 +285,7 @@ class DualMemoryBank(nn.Module):
     def _apply(self, fn, recurse=True):
         """Move or cast. The representations follow a cast, the table stays in its own precision."""
         before = self.bank_queries.dtype
-        kept = {
-            name: getattr(self, name) for name in ("block_lse", "group_lse", "row_state", "means")
-        }
+        kept = {k: getattr(self, k) for k in ("block_lse", "group_lse", "row_state", "means")}
         super()._apply(fn, recurse)
         acc = accumulation_dtype(self.bank_queries.dtype)
         for name, tensor in kept.items():

@@ -66,13 +66,15 @@ def contaccum_loss(
         rebuild, use_offsets, decay = ops.REBUILD_NOTHING, False, -1.0
     else:
         buffers, layout, window = bank.buffers_in_order(), bank.layout, bank.window_blocks()
-        rebuild, use_offsets = bank.pending_rebuild(scale), bank.use_offsets
+        rebuild, use_offsets = bank.pending_rebuild(scale, window), bank.use_offsets
         decay = bank.drift_decay if bank.drift == "mean" else -1.0
     needs_grad = torch.is_grad_enabled() and (queries.requires_grad or columns.requires_grad)
     arguments = (
+        queries,
+        columns,
         passage_ids,
         *buffers,
-        [layout.group, layout.offset_block, layout.block],
+        (layout.group, layout.offset_block, layout.block),
         scale,
         window,
         row_weighting == "all",
@@ -85,11 +87,11 @@ def contaccum_loss(
         rebuild,
     )
     if needs_grad:
-        loss = _BankedLoss.apply(queries, columns, *arguments)
+        loss = _BankedLoss.apply(queries, columns, arguments)
     else:
-        loss = ops.banked_loss_(queries, columns, *arguments)[0]
+        loss = ops.banked_loss_(*arguments)[0]
     if bank is not None:
-        bank.accept(scale, passage_ids is not None if enqueue else None)
+        bank.accept(scale, window, passage_ids is not None if enqueue else None)
         if not torch.compiler.is_compiling():
             # C++ kernels do not bump versions: keep autograd's check of saved tensors alive.
             torch.autograd.graph.increment_version(buffers)
@@ -100,44 +102,21 @@ class _BankedLoss(torch.autograd.Function):
     """The op and its gradients, computed while the bank is as the loss saw it."""
 
     @staticmethod
-    def forward(ctx, queries, passages, *arguments):
-        loss, d_queries, d_passages = ops.banked_loss_(
-            *_with_wide_gradients(queries, passages, arguments[1]), *arguments
-        )
+    def forward(ctx, queries, passages, arguments):
+        loss, d_queries, d_passages = ops.banked_loss_(*arguments)
         ctx.save_for_backward(d_queries, d_passages)
-        # Only to connect second derivatives to their error. Not saved: their values are not used,
-        # so whoever changes them in place afterwards does no harm.
+        # Only for their dtype and to connect second derivatives to their error. Not saved: their
+        # values are not used, so whoever changes them in place afterwards does no harm.
         ctx.inputs = (queries, passages)
-        ctx.others = len(arguments)
         return loss
 
     @staticmethod
-    def backward(ctx, grad):
-        # Not a scalar tensor: on CUDA it would first be rounded to the type of narrower gradients,
-        # and the usual loss scale of 65536 is infinite in float16.
-        factor = grad.reshape(1)
-        grads = [
-            (saved * factor).to(tensor.dtype) if needed else None
-            for needed, saved, tensor in zip(
-                ctx.needs_input_grad[:2], ctx.saved_tensors, ctx.inputs, strict=True
-            )
-        ]
+    def backward(ctx, factor):
+        scaled = ops.scaled_gradients(*ctx.saved_tensors, factor, ctx.inputs[0])
         if torch.is_grad_enabled():  # create_graph=True
-            grads = [g if g is None else _SecondDerivative.apply(g, *ctx.inputs) for g in grads]
-        return (*grads, *[None] * ctx.others)
-
-
-def _with_wide_gradients(
-    queries: Tensor, passages: Tensor, bank_queries: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Float16 inputs as float32, whose gradients the op then rounds to float32.
-
-    In float16 small ones would vanish before a scaled loss has multiplied them. Any combination of
-    dtypes that the op refuses is left to it.
-    """
-    if queries.dtype == passages.dtype == torch.float16 and bank_queries.dtype != torch.float64:
-        return queries.float(), passages.float()
-    return queries, passages
+            scaled = [_SecondDerivative.apply(g, *ctx.inputs) for g in scaled]
+        needed = ctx.needs_input_grad[:2]
+        return (*(g if n else None for g, n in zip(scaled, needed, strict=True)), None)
 
 
 class _SecondDerivative(torch.autograd.Function):
@@ -166,17 +145,12 @@ def _check_arguments(queries, passages, bank, passage_ids) -> None:
     """What the op cannot say as well: kinds of object, devices, ids given sometimes."""
     if bank is not None:
         validation.instance("bank", bank, DualMemoryBank)
-    for name, tensor in (
-        ("queries", queries),
-        ("passages", passages),
-        ("passage_ids", passage_ids),
-    ):
-        if tensor is None and name == "passage_ids":
-            continue
-        validation.instance(name, tensor, Tensor)
-        device = queries.device if bank is None else bank.bank_queries.device
-        if tensor.device != device:
-            raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+    validation.instance("queries", queries, Tensor)
+    device = queries.device if bank is None else bank.cursor.device
+    _check_tensor("queries", queries, device)
+    _check_tensor("passages", passages, device)
+    if passage_ids is not None:
+        _check_tensor("passage_ids", passage_ids, device)
     if queries.dim() != 2:
         raise ValueError(f"queries: expected shape (n, d), got {tuple(queries.shape)}")
     if passages.dim() not in (2, 3):
@@ -190,3 +164,9 @@ def _check_arguments(queries, passages, bank, passage_ids) -> None:
             f"passage_ids: expected as in the bank, which was filled {stored} ids, got {came}; "
             "clear the bank to change"
         )
+
+
+def _check_tensor(name: str, tensor: Tensor, device: torch.device) -> None:
+    validation.instance(name, tensor, Tensor)
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")

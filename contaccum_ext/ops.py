@@ -1,6 +1,6 @@
-"""The raw operator ``torch.ops.contaccum_ext.banked_loss_`` and its fake kernel.
+"""The raw operators ``torch.ops.contaccum_ext.*`` and their fake kernels.
 
-Schema and checks are in csrc/ops.cpp. Call it through :func:`contaccum_ext.contaccum_loss`.
+Schemas and checks are in csrc/ops.cpp. Call them through :func:`contaccum_ext.contaccum_loss`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 
 from contaccum_ext.layout import ROW_STATES, accumulation_dtype
 
-importlib.import_module("contaccum_ext._C")  # an empty module: importing it registers the operator
+importlib.import_module("contaccum_ext._C")  # an empty module: importing it registers the operators
 
 # What of the table has to be computed anew before the loss (enum Rebuild in csrc/params.h).
 REBUILD_NOTHING, REBUILD_WINDOW, REBUILD_TABLE = 0, 1, 2
@@ -20,6 +20,7 @@ REBUILD_NOTHING, REBUILD_WINDOW, REBUILD_TABLE = 0, 1, 2
 ROW_LSE, BASE_LSE, FRESH_MAX, FRESH_SUM, OLD_LSE, POSITIVE = range(ROW_STATES)
 
 banked_loss_ = torch.ops.contaccum_ext.banked_loss_.default
+scaled_gradients = torch.ops.contaccum_ext.scaled_gradients.default
 
 
 @torch.library.register_fake("contaccum_ext::banked_loss_")
@@ -29,6 +30,11 @@ def _(queries, passages, passage_ids, bank_queries, *rest):
     n = queries.shape[0] if with_grad else 0
     return (
         queries.new_empty((), dtype=acc),
-        queries.new_empty((n, *queries.shape[1:])),
-        queries.new_empty((n, *passages.shape[1:])),
+        queries.new_empty((n, *queries.shape[1:]), dtype=acc),
+        queries.new_empty((n, *passages.shape[1:]), dtype=acc),
     )
+
+
+@torch.library.register_fake("contaccum_ext::scaled_gradients")
+def _(d_queries, d_passages, factor, like):
+    return tuple(g.new_empty(g.shape, dtype=like.dtype) for g in (d_queries, d_passages))

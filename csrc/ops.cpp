@@ -1,4 +1,5 @@
-// The only file that knows torch: schema, checks, allocation, dispatch by device and processor.
+// The only source that knows torch, with checks.h and tensors.h: schemas, checks, allocation,
+// dispatch by device and processor.
 #include <Python.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -15,6 +16,7 @@
 #include "checks.h"
 #include "cpu/kernels.h"
 #include "params.h"
+#include "tensors.h"
 #ifdef CONTACCUM_WITH_CUDA
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -35,23 +37,6 @@ BankState state_of(const BankTensors& b) {
           b.ids.mutable_data_ptr<int64_t>(), b.cursor.mutable_data_ptr<int64_t>(),
           b.block_lse.mutable_data_ptr(),    b.group_lse.mutable_data_ptr(),
           b.row_state.mutable_data_ptr(),    b.means.mutable_data_ptr()};
-}
-
-ScalarType accumulation(ScalarType storage) {
-  return storage == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-Storage storage_of(ScalarType t) {
-  switch (t) {
-    case ScalarType::Double:
-      return Storage::f64;
-    case ScalarType::BFloat16:
-      return Storage::bf16;
-    case ScalarType::Half:
-      return Storage::f16;
-    default:
-      return Storage::f32;
-  }
 }
 
 void check_batch(const Tensor& queries, const Tensor& passages, const std::optional<Tensor>& ids,
@@ -103,6 +88,13 @@ Layout check_bank(const Tensor& queries, const BankTensors& bank,
   return y;
 }
 
+void check_options(double scale, double drift_decay, int64_t rebuild) {
+  STD_TORCH_CHECK(std::isfinite(scale) && scale > 0,
+                  "scale: expected a positive finite number, got ", scale);
+  STD_TORCH_CHECK(drift_decay < 1, "drift_decay: expected a number below 1, got ", drift_decay);
+  STD_TORCH_CHECK(rebuild >= 0 && rebuild <= 2, "rebuild: expected 0, 1 or 2, got ", rebuild);
+}
+
 // The widest instruction set of the processor, or the one that CONTACCUM_CPU_ISA names.
 StepKernel cpu_kernel() {
   bool avx2 = false, avx512 = false;
@@ -122,71 +114,29 @@ StepKernel cpu_kernel() {
   return step_baseline;
 }
 
-void check_options(double scale, double drift_decay, int64_t rebuild) {
-  STD_TORCH_CHECK(std::isfinite(scale) && scale > 0,
-                  "scale: expected a positive finite number, got ", scale);
-  STD_TORCH_CHECK(drift_decay < 1, "drift_decay: expected a number below 1, got ", drift_decay);
-  STD_TORCH_CHECK(rebuild >= 0 && rebuild <= 2, "rebuild: expected 0, 1 or 2, got ", rebuild);
-}
-
-Tensor as_bank_dtype(const Tensor& t, ScalarType dtype) {
-  return torch::stable::contiguous(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
-}
-
-// Forward, both gradients and enqueue in one call; see contaccum_ext/reference.py for the meaning.
-// Nothing is written before every argument has been checked.
-std::tuple<Tensor, Tensor, Tensor> banked_loss_cpu(
-    const Tensor& queries, const Tensor& passages, const std::optional<Tensor>& passage_ids,
-    const Tensor& bank_queries, const Tensor& bank_passages, const Tensor& bank_ids,
-    const Tensor& cursor, const Tensor& block_lse, const Tensor& group_lse, const Tensor& row_state,
-    const Tensor& means, const std::vector<int64_t>& layout, double scale, int64_t window_blocks,
-    bool weight_all_rows, bool banked_rows, bool banked_columns, bool use_offsets,
-    double drift_decay, bool with_grad, bool enqueue, int64_t rebuild) {
-  const BankTensors bank{bank_queries, bank_passages, bank_ids,  cursor,
-                         block_lse,    group_lse,     row_state, means};
-  const Layout y = check_bank(queries, bank, layout);
-  check_batch(queries, passages, passage_ids, bank);
-  check_options(scale, drift_decay, rebuild);
-  const int64_t* position = cursor.const_data_ptr<int64_t>();
-  const int64_t head = position[0], fill = position[1];
-  STD_TORCH_CHECK(fill >= 0 && fill <= y.capacity && head >= 0 &&
-                      (head == 0 || head < y.capacity) && (fill == y.capacity || head == fill),
-                  "cursor: expected head and fill of a ring of ", y.capacity, " slots, got (", head,
+void step_cpu(const StepArgs& step) {
+  const int64_t head = step.state.cursor[0], fill = step.state.cursor[1];
+  const int64_t capacity = step.layout.capacity;
+  STD_TORCH_CHECK(fill >= 0 && fill <= capacity && head >= 0 && (head == 0 || head < capacity) &&
+                      (fill == capacity || head == fill),
+                  "cursor: expected head and fill of a ring of ", capacity, " slots, got (", head,
                   ", ", fill, ")");
-
-  const StepOptions options{scale,
-                            window_blocks,
-                            weight_all_rows,
-                            banked_rows,
-                            banked_columns,
-                            use_offsets,
-                            drift_decay,
-                            with_grad,
-                            enqueue && y.capacity > 0,
-                            static_cast<Rebuild>(rebuild)};
-  const int64_t n = queries.size(0);
-  const Plan plan = make_plan(y, options, head, fill, n);
-  const ScalarType storage = bank_queries.scalar_type(), acc = accumulation(storage);
-  const Tensor q = as_bank_dtype(queries, storage), p = as_bank_dtype(passages, storage);
-  std::optional<Tensor> ids;
-  if (passage_ids) ids = torch::stable::contiguous(*passage_ids);
-  Tensor loss = torch::stable::new_empty(queries, {}, acc);
-  Tensor dq = torch::stable::new_empty(queries, {with_grad ? n : 0, y.d}, acc);
-  Tensor dp = torch::stable::new_empty(queries, {with_grad ? n : 0, y.m, y.d}, acc);
-
-  const BankState state = state_of(bank);
-  const Batch batch{q.const_data_ptr(), p.const_data_ptr(),
-                    ids ? ids->const_data_ptr<int64_t>() : nullptr, n};
-  const StepOutput output{loss.mutable_data_ptr(), with_grad ? dq.mutable_data_ptr() : nullptr,
-                          with_grad ? dp.mutable_data_ptr() : nullptr};
   static const StepKernel kernel = cpu_kernel();
-  kernel(storage_of(storage), y, state, batch, options, output, plan);
+  kernel(step, make_plan(step.layout, step.options, head, fill, step.batch.n));
+}
 
-  if (with_grad && queries.scalar_type() != acc) {
-    dq = torch::stable::to(dq, queries.scalar_type());
-    dp = torch::stable::to(dp, queries.scalar_type());
-  }
-  return {loss, dq, dp};
+// The product is in the accumulation type, the rounding is torch's.
+Tensor scaled_cpu(const Tensor& gradient, const Tensor& factor, ScalarType dtype) {
+  const auto multiply = [&](auto acc) {
+    using A = decltype(acc);
+    const Tensor scaled = empty(gradient, gradient.sizes(), gradient.scalar_type());
+    const A* from = gradient.const_data_ptr<A>();
+    A* to = scaled.mutable_data_ptr<A>();
+    const A by = *factor.const_data_ptr<A>();
+    for (int64_t i = 0, count = gradient.numel(); i < count; ++i) to[i] = by * from[i];
+    return dense(scaled, dtype);
+  };
+  return dtype == ScalarType::Double ? multiply(double()) : multiply(float());
 }
 
 #ifdef CONTACCUM_WITH_CUDA
@@ -221,8 +171,48 @@ CudaDevice device_properties(int index) {
   return devices[index];
 }
 
-// The same on the current stream of a CUDA device. Head and fill stay there: nothing is read back.
-std::tuple<Tensor, Tensor, Tensor> banked_loss_cuda(
+// On the current stream. Head and fill stay on the device: nothing is read back.
+void step_cuda(const StepArgs& args, const Tensor& queries) {
+  constexpr int64_t kLargestDim = 4096, kLargestIndex = int64_t(1) << 30;
+  const Layout& y = args.layout;
+  const int64_t n = args.batch.n;
+  STD_TORCH_CHECK(y.d <= kLargestDim, "queries: expected d of at most ", kLargestDim,
+                  " on a CUDA device, got ", y.d);
+  STD_TORCH_CHECK(y.capacity * y.m <= kLargestIndex && n * y.m <= kLargestIndex,
+                  "passages: expected at most ", kLargestIndex, " of them on a CUDA device, got ",
+                  y.capacity * y.m, " in the bank and ", n * y.m, " in the batch");
+  const int index = queries.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(index);
+  const CudaStep step{args, device_properties(index)};
+  const Tensor scratch =
+      empty(queries, {static_cast<int64_t>(cuda_scratch_bytes(step))}, ScalarType::Byte);
+  const char* error = cuda_step(step, scratch.mutable_data_ptr(), current_stream(index));
+  STD_TORCH_CHECK(!error, "banked_loss_: CUDA error: ", error);
+}
+
+// Both in one launch; the factor stays on the device.
+std::tuple<Tensor, Tensor> scaled_cuda(const Tensor& d_queries, const Tensor& d_passages,
+                                       const Tensor& factor, ScalarType dtype) {
+  const Tensor queries = empty(d_queries, d_queries.sizes(), dtype);
+  const Tensor passages = empty(d_passages, d_passages.sizes(), dtype);
+  const int index = d_queries.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(index);
+  const char* error =
+      cuda_scale({storage_of(dtype),
+                  storage_of(factor.scalar_type()),
+                  factor.const_data_ptr(),
+                  {d_queries.const_data_ptr(), queries.mutable_data_ptr(), d_queries.numel()},
+                  {d_passages.const_data_ptr(), passages.mutable_data_ptr(), d_passages.numel()}},
+                 current_stream(index));
+  STD_TORCH_CHECK(!error, "scaled_gradients: CUDA error: ", error);
+  return {queries, passages};
+}
+
+#endif  // CONTACCUM_WITH_CUDA
+
+// Forward, both gradients and enqueue in one call; see contaccum_ext/reference.py for the meaning.
+// Nothing of the bank is written before every argument has been checked.
+std::tuple<Tensor, Tensor, Tensor> banked_loss(
     const Tensor& queries, const Tensor& passages, const std::optional<Tensor>& passage_ids,
     const Tensor& bank_queries, const Tensor& bank_passages, const Tensor& bank_ids,
     const Tensor& cursor, const Tensor& block_lse, const Tensor& group_lse, const Tensor& row_state,
@@ -234,42 +224,69 @@ std::tuple<Tensor, Tensor, Tensor> banked_loss_cuda(
   const Layout y = check_bank(queries, bank, layout);
   check_batch(queries, passages, passage_ids, bank);
   check_options(scale, drift_decay, rebuild);
-  constexpr int64_t kLargestDim = 4096, kLargestIndex = int64_t(1) << 30;
-  const int64_t n = queries.size(0);
-  STD_TORCH_CHECK(y.d <= kLargestDim, "queries: expected d of at most ", kLargestDim,
-                  " on a CUDA device, got ", y.d);
-  STD_TORCH_CHECK(y.capacity * y.m <= kLargestIndex && n * y.m <= kLargestIndex,
-                  "passages: expected at most ", kLargestIndex, " of them on a CUDA device, got ",
-                  y.capacity * y.m, " in the bank and ", n * y.m, " in the batch");
+  const StepOptions options{scale,
+                            window_blocks,
+                            weight_all_rows,
+                            banked_rows,
+                            banked_columns,
+                            use_offsets,
+                            drift_decay,
+                            with_grad,
+                            enqueue && y.capacity > 0,
+                            static_cast<Rebuild>(rebuild)};
 
-  const int index = queries.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(index);
+  const int64_t n = queries.size(0), gradients = with_grad ? n : 0;
   const ScalarType storage = bank_queries.scalar_type(), acc = accumulation(storage);
-  const Tensor q = as_bank_dtype(queries, storage), p = as_bank_dtype(passages, storage);
+  const Tensor q = dense(queries, storage), p = dense(passages, storage);
   std::optional<Tensor> ids;
-  if (passage_ids) ids = torch::stable::contiguous(*passage_ids);
-  Tensor loss = torch::stable::new_empty(queries, {}, acc);
-  Tensor dq = torch::stable::new_empty(queries, {with_grad ? n : 0, y.d});
-  Tensor dp = torch::stable::new_empty(queries, {with_grad ? n : 0, y.m, y.d});
+  if (passage_ids) ids = dense(*passage_ids, ScalarType::Long);
+  const Tensor loss = empty(queries, {}, acc);
+  const Tensor dq = empty(queries, {gradients, y.d}, acc);
+  const Tensor dp = empty(queries, {gradients, y.m, y.d}, acc);
 
-  const CudaStep step{
+  const StepArgs step{
       storage_of(storage),
-      storage_of(queries.scalar_type()),
       y,
       state_of(bank),
       {q.const_data_ptr(), p.const_data_ptr(), ids ? ids->const_data_ptr<int64_t>() : nullptr, n},
-      {scale, window_blocks, weight_all_rows, banked_rows, banked_columns, use_offsets, drift_decay,
-       with_grad, enqueue, static_cast<Rebuild>(rebuild)},
-      {loss.mutable_data_ptr(), dq.mutable_data_ptr(), dp.mutable_data_ptr()},
-      device_properties(index)};
-  const Tensor scratch = torch::stable::new_empty(
-      queries, {static_cast<int64_t>(cuda_scratch_bytes(step))}, ScalarType::Byte);
-  const char* error = cuda_step(step, scratch.mutable_data_ptr(), current_stream(index));
-  STD_TORCH_CHECK(!error, "banked_loss_: CUDA error: ", error);
+      options,
+      {loss.mutable_data_ptr(), with_grad ? dq.mutable_data_ptr() : nullptr,
+       with_grad ? dp.mutable_data_ptr() : nullptr}};
+#ifdef CONTACCUM_WITH_CUDA
+  if (!queries.is_cpu()) {
+    step_cuda(step, queries);
+    return {loss, dq, dp};
+  }
+#endif
+  step_cpu(step);
   return {loss, dq, dp};
 }
 
-#endif  // CONTACCUM_WITH_CUDA
+// The gradients that banked_loss_ gave, times the factor that came from behind the loss, rounded
+// once to the dtype of `like`.
+std::tuple<Tensor, Tensor> scaled_gradients(const Tensor& d_queries, const Tensor& d_passages,
+                                            const Tensor& factor, const Tensor& like) {
+  const ScalarType acc = d_queries.scalar_type(), dtype = like.scalar_type();
+  STD_TORCH_CHECK(acc == ScalarType::Float || acc == ScalarType::Double,
+                  "d_queries: expected dtype float32 or float64, got ", dtype_text(acc));
+  check_dtype("d_passages", d_passages, acc);
+  check_same_device("d_passages", d_passages, d_queries, "d_queries");
+  check_floating("factor", factor);
+  STD_TORCH_CHECK(factor.numel() == 1, "factor: expected one element, got shape ",
+                  shape_text(factor));
+  check_same_device("factor", factor, d_queries, "d_queries");
+  check_floating("like", like);
+  STD_TORCH_CHECK(accumulation(dtype) == acc, "like: expected ",
+                  acc == ScalarType::Double ? "dtype float64 as the gradients'"
+                                            : "a dtype narrower than float64",
+                  ", got ", dtype_text(dtype));
+  const Tensor dq = dense(d_queries, acc), dp = dense(d_passages, acc);
+#ifdef CONTACCUM_WITH_CUDA
+  if (!dq.is_cpu()) return scaled_cuda(dq, dp, factor, dtype);
+#endif
+  const Tensor by = dense(factor, acc);
+  return {scaled_cpu(dq, by, dtype), scaled_cpu(dp, by, dtype)};
+}
 
 }  // namespace
 
@@ -289,10 +306,14 @@ STABLE_TORCH_LIBRARY(contaccum_ext, m) {
       "int[] layout, float scale, int window_blocks, bool weight_all_rows, bool banked_rows, "
       "bool banked_columns, bool use_offsets, float drift_decay, bool with_grad, bool enqueue, "
       "int rebuild) -> (Tensor loss, Tensor d_queries, Tensor d_passages)");
+  m.def(
+      "scaled_gradients(Tensor d_queries, Tensor d_passages, Tensor factor, Tensor like) -> "
+      "(Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(contaccum_ext, CPU, m) {
-  m.impl("banked_loss_", TORCH_BOX(&contaccum::banked_loss_cpu));
+  m.impl("banked_loss_", TORCH_BOX(&contaccum::banked_loss));
+  m.impl("scaled_gradients", TORCH_BOX(&contaccum::scaled_gradients));
 }
 
 #ifdef CONTACCUM_WITH_CUDA
@@ -302,7 +323,8 @@ extern "C" __attribute__((visibility("default"))) void contaccum_allow_tensor_co
 }
 
 STABLE_TORCH_LIBRARY_IMPL(contaccum_ext, CUDA, m) {
-  m.impl("banked_loss_", TORCH_BOX(&contaccum::banked_loss_cuda));
+  m.impl("banked_loss_", TORCH_BOX(&contaccum::banked_loss));
+  m.impl("scaled_gradients", TORCH_BOX(&contaccum::scaled_gradients));
 }
 #endif
 

@@ -78,4 +78,28 @@ struct StepOutput {
   void* d_passages;  // (n, m, d) acc, or null
 };
 
+// A step, wherever it runs: all pointers are of one device.
+struct StepArgs {
+  Storage storage;  // of the bank; the batch has been converted to it
+  Layout layout;
+  BankState state;
+  Batch batch;
+  StepOptions options;
+  StepOutput out;
+};
+
+// to = factor * from, rounded once.
+struct ScaledGradient {
+  const void* from;  // (count) acc
+  void* to;          // (count) the inputs' dtype
+  int64_t count;
+};
+
+struct ScaledGradients {
+  Storage storage;  // of `to`, and what acc means
+  Storage factor_storage;
+  const void* factor;  // ()
+  ScaledGradient queries, passages;
+};
+
 }  // namespace contaccum

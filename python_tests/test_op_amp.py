@@ -157,19 +157,27 @@ def test_a_scaled_loss_has_scaled_gradients(device, dtype):
         assert error.max() <= kind.smallest_normal * kind.eps
 
 
-def test_the_upstream_factor_is_not_rounded_to_the_gradients_type(device):
-    """A third in bfloat16 is 0.2% too much, for every component alike: nothing cancels that."""
+@pytest.mark.parametrize("factor", [1 / 3, 65536.0])
+@pytest.mark.parametrize("stored", [F32, *HALVES])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gradients_are_rounded_once_after_the_factor(device, dtype, stored, factor):
+    """The same representations as float32 have float32 gradients: those, scaled, then rounded.
+
+    A third in bfloat16 would be 0.2% too much for every component alike, and 65536 in float16
+    infinite.
+    """
     torch.manual_seed(0)
-    q, p = torch.randn(64, D).to(device, BF16), torch.randn(64, 1, D).to(device, BF16)
-    q.requires_grad_()
-    plain = torch.autograd.grad(ca.contaccum_loss(q, p), q)[0].double()
-    third = torch.autograd.grad(ca.contaccum_loss(q, p) / 3, q)[0].double()
-    # One rounding each, by at most u of its size. Taken as independent, they exceed six times the
-    # root of the sum of their squares with probability below 2 exp(-18) (Hoeffding).
-    u, square = torch.finfo(BF16).eps / 2, plain.square()
-    together = (plain * (third - plain / 3)).sum().abs()
-    assert 0 < together <= 6 * u / 3 * square.square().sum().sqrt()
-    assert 6 * u * square.square().sum().sqrt() < 0.9 * 0.00195 * square.sum()  # it would show
+    bank = ca.DualMemoryBank(CAPACITY, D, M, stored, device)
+    q, p = (torch.randn(64, *shape).to(device, dtype) for shape in ((D,), (M, D)))
+    bank.enqueue(q[:20], p[:20])
+    scaled = []
+    for given in (dtype, F32):
+        leaves = [x.to(given, copy=True).requires_grad_() for x in (q, p)]
+        loss = ca.contaccum_loss(*leaves, bank, TAU, enqueue=False)
+        scaled.append(torch.autograd.grad(loss * (factor if given == dtype else 1), leaves))
+    for once, wide in zip(*scaled, strict=True):
+        assert once.dtype == dtype and wide.dtype == F32 and wide.abs().max() > 0
+        assert torch.equal(once, (wide * torch.tensor(factor, device=device)).to(dtype))
 
 
 @pytest.mark.parametrize("stored", [F32, F16])

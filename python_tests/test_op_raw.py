@@ -41,11 +41,11 @@ RAW = {
 }
 
 
-def raw_arguments(bank) -> list:
+def raw_arguments(bank, device: str = "cpu") -> list:
     y = bank.layout
     flags = [1.0, -1, False, True, True, False, -1.0, True, True, 0]
     sizes = [y.group, y.offset_block, y.block]
-    return [*good("cpu").values(), None, *bank.buffers_in_order(), sizes, *flags]
+    return [*good(device).values(), None, *bank.buffers_in_order(), sizes, *flags]
 
 
 @pytest.mark.parametrize("name", RAW)

@@ -247,10 +247,14 @@ def test_enqueue_refuses_as_the_loss_does(device):
     assert_refused(bank, lambda: bank.enqueue(q, p, ids(device, N, M)), ValueError, ["passage_ids"])
 
 
-BAD_BANKLESS = ["queries rank 1", "no queries", "queries int", "passages other n", "passages int"]
+BAD_BANKLESS = [
+    *("queries rank 1", "no queries", "queries int", "queries None", "queries a list"),
+    *("passages other n", "passages other d", "passages int", "passages a float"),
+    "temperature zero",
+]
 
 
-@pytest.mark.parametrize("name", [*BAD_BANKLESS, "passages other d", "temperature zero"])
+@pytest.mark.parametrize("name", BAD_BANKLESS)
 def test_the_same_refusals_without_a_bank(name):
     changed, kind, _ = CASES[name]
     with pytest.raises(kind, match=next(iter(changed))):

@@ -7,16 +7,11 @@
 namespace contaccum {
 
 // Loss, both gradients and enqueue. Every argument has been checked.
-using StepKernel = void (*)(Storage storage, const Layout& layout, const BankState& state,
-                            const Batch& batch, const StepOptions& options,
-                            const StepOutput& output, const Plan& plan);
+using StepKernel = void (*)(const StepArgs&, const Plan&);
 
-void step_baseline(Storage, const Layout&, const BankState&, const Batch&, const StepOptions&,
-                   const StepOutput&, const Plan&);
-void step_avx2(Storage, const Layout&, const BankState&, const Batch&, const StepOptions&,
-               const StepOutput&, const Plan&);
-void step_avx512(Storage, const Layout&, const BankState&, const Batch&, const StepOptions&,
-                 const StepOutput&, const Plan&);
+void step_baseline(const StepArgs&, const Plan&);
+void step_avx2(const StepArgs&, const Plan&);
+void step_avx512(const StepArgs&, const Plan&);
 
 // Run task(i, context) for i in [0, count), in parallel over torch's threads; defined in ops.cpp.
 void run_tasks(int64_t count, void (*task)(int64_t, const void*), const void* context);

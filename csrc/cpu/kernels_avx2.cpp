@@ -14,9 +14,6 @@
 #include "step.h"
 #else
 namespace contaccum {
-void step_avx2(Storage storage, const Layout& layout, const BankState& state, const Batch& batch,
-               const StepOptions& options, const StepOutput& output, const Plan& plan) {
-  step_baseline(storage, layout, state, batch, options, output, plan);
-}
+void step_avx2(const StepArgs& step, const Plan& plan) { step_baseline(step, plan); }
 }  // namespace contaccum
 #endif

@@ -293,8 +293,11 @@ class Step {
 };
 
 template <class A, class S>
-void step_typed(const Layout& layout, const BankState& state, const Batch& batch,
-                const StepOptions& options, const StepOutput& output, const Plan& plan) {
+void step_typed(const StepArgs& args, const Plan& plan) {
+  const Layout& layout = args.layout;
+  const StepOptions& options = args.options;
+  const BankState& state = args.state;
+  const Batch& batch = args.batch;
   const int64_t n = batch.n, m = layout.m, ld = round_up(layout.d, Simd<A>::lanes);
   const S* queries = static_cast<const S*>(batch.queries);
   const S* passages = static_cast<const S*>(batch.passages);
@@ -320,24 +323,22 @@ void step_typed(const Layout& layout, const BankState& state, const Batch& batch
                   local_queries,
                   local_passages,
                   batch.ids};
-  Step<A, S> step(c, output);
+  Step<A, S> step(c, args.out);
   step.run(queries, passages);
 }
 
 }  // namespace
 
-void CONTACCUM_STEP(Storage storage, const Layout& layout, const BankState& state,
-                    const Batch& batch, const StepOptions& options, const StepOutput& output,
-                    const Plan& plan) {
-  switch (storage) {
+void CONTACCUM_STEP(const StepArgs& args, const Plan& plan) {
+  switch (args.storage) {
     case Storage::f32:
-      return step_typed<float, float>(layout, state, batch, options, output, plan);
+      return step_typed<float, float>(args, plan);
     case Storage::f64:
-      return step_typed<double, double>(layout, state, batch, options, output, plan);
+      return step_typed<double, double>(args, plan);
     case Storage::bf16:
-      return step_typed<float, Bf16>(layout, state, batch, options, output, plan);
+      return step_typed<float, Bf16>(args, plan);
     case Storage::f16:
-      return step_typed<float, F16>(layout, state, batch, options, output, plan);
+      return step_typed<float, F16>(args, plan);
   }
 }
 

@@ -91,9 +91,8 @@ struct Args {
                       // next; the last entry is what of a group head has yet to overwrite
   A* strip_part;      // (blocks, strips, rows): over the strips of other blocks
   A* loss;            // ()
-  void* d_queries;    // (n, d)
-  void* d_passages;   // (n, m, d)
-  Storage output;     // dtype of the two
+  A* d_queries;       // (n, d)
+  A* d_passages;      // (n, m, d)
 
   __device__ A* row(RowState which) const { return row_state + int64_t(which) * capacity; }
   __device__ const A* mean(int index, int kind) const {

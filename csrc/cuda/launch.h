@@ -14,15 +14,7 @@ struct CudaDevice {
   int shared_bytes;        // shared memory that a thread block may ask for
 };
 
-// Everything one step needs. All pointers are device pointers.
-struct CudaStep {
-  Storage storage;  // of the bank; the batch has been converted to it
-  Storage output;   // of the gradients
-  Layout layout;
-  BankState state;
-  Batch batch;
-  StepOptions options;
-  StepOutput out;
+struct CudaStep : StepArgs {
   CudaDevice device;
 };
 
@@ -31,6 +23,9 @@ size_t cuda_scratch_bytes(const CudaStep& step);
 
 // Enqueue the kernels of a step on a stream. Returns null, or CUDA's message.
 const char* cuda_step(const CudaStep& step, void* scratch, void* stream);
+
+// Enqueue the one kernel that scales both gradients. Returns null, or CUDA's message.
+const char* cuda_scale(const ScaledGradients& gradients, void* stream);
 
 // Returns null, or CUDA's message.
 const char* cuda_device(int index, CudaDevice* device);

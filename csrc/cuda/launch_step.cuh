@@ -135,9 +135,8 @@ Args<S> arrange(const CudaStep& step, Arena& arena) {
   a.local_passages = static_cast<const S*>(step.batch.passages);
   a.local_ids = step.batch.ids;
   a.loss = static_cast<A*>(step.out.loss);
-  a.d_queries = step.out.d_queries;
-  a.d_passages = step.out.d_passages;
-  a.output = step.output;
+  a.d_queries = static_cast<A*>(step.out.d_queries);
+  a.d_passages = static_cast<A*>(step.out.d_passages);
 
   const int64_t n = a.n, columns = n * a.m;
   const Cut cut = cut_for<S>(step, n), gradient_cut = cut_for<S>(step, columns);

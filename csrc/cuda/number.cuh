@@ -42,23 +42,4 @@ __device__ __forceinline__ void load(const S* from, Acc<S> (&to)[V]) {
   for (int i = 0; i < V; ++i) to[i] = to_acc(pack.x[i]);
 }
 
-// Gradients are returned in the dtype of the caller's tensors, which need not be the bank's.
-template <class A>
-__device__ __forceinline__ void store_as(Storage kind, void* to, int64_t index, A value) {
-  switch (kind) {
-    case Storage::f32:
-      static_cast<float*>(to)[index] = float(value);
-      break;
-    case Storage::f64:
-      static_cast<double*>(to)[index] = double(value);
-      break;
-    case Storage::bf16:
-      static_cast<Bf16*>(to)[index] = __float2bfloat16(float(value));
-      break;
-    case Storage::f16:
-      static_cast<F16*>(to)[index] = __float2half(float(value));
-      break;
-  }
-}
-
 }  // namespace contaccum

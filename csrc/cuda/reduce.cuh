@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) finish_queries(const Args<S> a) {
   if (k >= a.d || threadIdx.x >= kSumColumns) return;
   const A factor = A(Ring<S>(a, a.cursor).row_weight()) * a.scale;
   const A own = expm1_(shared_positive - lse) * to_acc(positive[k]);
-  store_as(a.output, a.d_queries, int64_t(row) * a.d + k, factor * (sum + own));
+  a.d_queries[int64_t(row) * a.d + k] = factor * (sum + own);
 }
 
 // dp = scale * w * sum over rows of P row, the own query of a positive with P - 1
@@ -115,8 +115,7 @@ __device__ void finish_column(const Args<S>& a, int column, int chunk, bool refu
                              : expm1_(a.local_positive[row] - a.local_lse[row]) *
                                    to_acc(a.local_queries[int64_t(row) * a.d + k]);
   const A factor = A(Ring<S>(a, a.position).row_weight()) * a.scale;
-  store_as(a.output, a.d_passages, int64_t(column) * a.d + k,
-           refused ? not_a_number<A>() : factor * (sum + own));
+  a.d_passages[int64_t(column) * a.d + k] = refused ? not_a_number<A>() : factor * (sum + own);
 }
 
 // The loss, summed in the same order whatever runs beside it; and where the ring stands now.
@@ -145,7 +144,7 @@ template <class S>
 __device__ void refuse_row(const Args<S>& a, int row) {
   if (!a.with_grad) return;
   for (int k = threadIdx.x; k < a.d; k += kThreads)
-    store_as(a.output, a.d_queries, int64_t(row) * a.d + k, not_a_number<Acc<S>>());
+    a.d_queries[int64_t(row) * a.d + k] = not_a_number<Acc<S>>();
 }
 
 // A row of the batch into its slot.
