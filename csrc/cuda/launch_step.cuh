@@ -320,12 +320,13 @@ class Launcher {
     Arena arena = arena_;
     Args<S> a = a_;
     arrange_batch(step_, arena, a);
-    const int64_t rows = std::min<int>(a.n, a.capacity), survivors = ceil_div(a.capacity, kThreads);
+    const int64_t rows = std::min<int>(a.n, a.capacity);
+    const int64_t survivors = ceil_div(a.capacity, kEnterThreads);
     const dim3 grid(ceil_div(rows, T), ceil_div(a.strips, kWarps),
                     2 + touched_blocks(step_.layout, a.n));
     score_entries<S, V><<<grid, kThreads, 0, stream_>>>(a, Entries::batch, 0);
-    enter_rows<S><<<survivors + ceil_div(rows, kWarps), kThreads, 0, stream_>>>(a, Entries::batch,
-                                                                                0, int(survivors));
+    enter_rows<S>
+        <<<survivors + rows, kEnterThreads, 0, stream_>>>(a, Entries::batch, 0, int(survivors));
   }
 
   void rebuild(Entries which) {
@@ -335,7 +336,7 @@ class Launcher {
     const dim3 grid(ceil_div(a.rebuild_rows, T), 1, 2 + a.blocks);
     for (int row = 0; row < a.capacity; row += a.rebuild_rows) {
       score_entries<S, V><<<grid, kThreads, 0, stream_>>>(a, which, row);
-      enter_rows<S><<<ceil_div(a.rebuild_rows, kWarps), kThreads, 0, stream_>>>(a, which, row, 0);
+      enter_rows<S><<<a.rebuild_rows, kEnterThreads, 0, stream_>>>(a, which, row, 0);
     }
   }
 
