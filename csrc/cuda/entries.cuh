@@ -1,10 +1,9 @@
 // Table entries: of rows just enqueued, of the rows that stay, and of all rows in a rebuild.
 //
 // - score_entries: rows against whole blocks of the bank, one warp for kTileRows rows and a strip
-// of
-//   groups; sums by group for head's block and the next, by strip for the others.
-// - enter_rows: a warp a row puts those together; lanes are blocks, or groups.
-// - survivors: a thread a row, what banked_rows() has left to do.
+//   of groups; sums by group for head's block and the next, by strip for the others.
+// - enter_rows: a thread block a row puts those together, a warp a part; beside them a thread a row
+//   that stays, what banked_rows() has left to do.
 #pragma once
 
 #include "online_softmax.cuh"
@@ -139,154 +138,266 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Combine a row's entries for all blocks into its log-sum-exp over the bank.
+// What row_state holds of a row.
+template <class A>
+struct RowSums {
+  A base, old;
+  Lse<A> fresh;
+};
+
 template <class S>
-__device__ void combine_row(const Args<S>& a, int64_t slot, Acc<S> base, const Lse<Acc<S>>& fresh,
-                            Acc<S> old) {
-  Lse<Acc<S>> lse = fresh;
-  lse.add_lse(base);
-  if (a.window_blocks < 0) lse.add_lse(old);
-  a.row(kBaseLse)[slot] = base;
+__device__ __forceinline__ RowSums<Acc<S>> sums_of(const Args<S>& a, int64_t slot) {
+  return {a.row(kBaseLse)[slot],
+          a.row(kOldLse)[slot],
+          {a.row(kFreshMax)[slot], a.row(kFreshSum)[slot]}};
+}
+
+// The row's log-sum-exp over the bank.
+template <class S>
+__device__ void combine_row(const Args<S>& a, int64_t slot, const RowSums<Acc<S>>& sums) {
+  Lse<Acc<S>> lse = sums.fresh;
+  lse.add_lse(sums.base);
+  if (a.window_blocks < 0) lse.add_lse(sums.old);
   a.row(kRowLse)[slot] = lse.value();
 }
 
-// Sum of count entries that lie `stride` apart, read eight at a time: one wait, not one each.
+// Add an entry with no branch, so that neither loads nor exponentials wait for the sum before them.
 template <class A>
-__device__ Lse<A> sum_entries(const A* from, int count, int64_t stride) {
+__device__ __forceinline__ void add_entry(Lse<A>& lse, A entry) {
+  const A top = entry > lse.max ? entry : lse.max;
+  const A from = top == minus_infinity<A>() ? A(0) : top;  // -inf minus -inf would be NaN
+  lse.sum = lse.sum * exp_(lse.max - from) + exp_(entry - from);
+  lse.max = top;
+}
+
+// Sum of count entries that lie `stride` apart, kAtOnce read together: one wait, not one each.
+template <int kAtOnce = 8, class A>
+__device__ Lse<A> sum_entries(const A* entries, int count, int64_t stride) {
   Lse<A> lse;
-  for (int begin = 0; begin < count; begin += 8) {
-    A entry[8];
+  for (int begin = 0; begin < count; begin += kAtOnce) {
+    A entry[kAtOnce];
 #pragma unroll
-    for (int e = 0; e < 8; ++e)
-      entry[e] = begin + e < count ? from[(begin + e) * stride] : minus_infinity<A>();
+    for (int e = 0; e < kAtOnce; ++e)
+      entry[e] = begin + e < count ? entries[(begin + e) * stride] : minus_infinity<A>();
     A top = lse.max;
 #pragma unroll
-    for (int e = 0; e < 8; ++e) top = entry[e] > top ? entry[e] : top;
-    if (top == minus_infinity<A>()) continue;
-    A sum = lse.sum == A(0) ? A(0) : lse.sum * exp_(lse.max - top);
+    for (int e = 0; e < kAtOnce; ++e) top = entry[e] > top ? entry[e] : top;
+    const A from = top == minus_infinity<A>() ? A(0) : top;
+    lse.sum *= exp_(lse.max - from);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) sum += exp_(entry[e] - top);
+    for (int e = 0; e < kAtOnce; ++e) lse.sum += exp_(entry[e] - from);
     lse.max = top;
-    lse.sum = sum;
   }
   return lse;
 }
 
-// Grid (rows / kWarps).
-template <class S>
-__device__ void enter_row(const EntryRows<S>& rows, int i) {
-  using A = Acc<S>;
-  const Args<S>& a = rows.a;
-  const Ring<S>& ring = rows.ring;
-  const int lane = threadIdx.x % 32, current = ring.block(), next = ring.next_block();
-  const int64_t slot = rows.slot(i);
-  const int passed = ring.passed_groups(), first_old = ring.first_old();
+// Of count entries, those of the calling lane; then of the warp together.
+template <class A>
+__device__ Lse<A> sum_entries_by_warp(const A* entries, int count, int64_t stride) {
+  const int lane = threadIdx.x % 32;
+  Lse<A> lse = sum_entries<4>(entries + lane * stride, (count - lane + 31) / 32, 32 * stride);
+  lse.merge_lanes(32);
+  return lse;
+}
 
-  Lse<A> base;
-  auto set_block = [&](int b, const Lse<A>& lse) {  // by one lane
+// A row that is entered: a thread block for each, whose warps wait for memory and for their sums
+// side by side. Nothing that one writes is read by another.
+template <class S>
+class EnterRow {
+  using A = Acc<S>;
+
+ public:
+  __device__ EnterRow(const EntryRows<S>& r, int row)
+      : a(r.a),
+        rows(r),
+        ring(r.ring),
+        i(row),
+        lane(threadIdx.x % 32),
+        current(ring.block()),
+        next(ring.next_block()),
+        first_old(ring.first_old()),
+        slot(r.slot(row)) {}
+
+  // base: whole blocks of the window, what the loss has scored and what has been scored afresh.
+  __device__ Lse<A> scored_blocks() const {
+    Lse<A> base;
+    for (int b = lane; b < a.blocks; b += 32) {
+      if (b == next && b != current) continue;
+      const int at = b == current ? -1 : rows.index(b);
+      Lse<A> lse;
+      if (at >= 0 && a.strips > 1) continue;
+      if (at >= 0)
+        lse.add_lse(rows.strip_part(at, 0)[i]);
+      else if (b != current && b * a.block < rows.was.fill)
+        lse = sum_entries(a.unit_lse + int64_t(b) * a.parts * a.n + a.n - rows.count + i, a.parts,
+                          a.n);
+      set_block(base, b, lse);
+    }
+    base.merge_lanes(32);
+    return base;
+  }
+  // Blocks of many parts: lanes share them. The groups of the next one stay apart as well.
+  __device__ Lse<A> fresh_blocks() const {
+    Lse<A> base;
+    if (next != current) {
+      const Lse<A> lse = sum_entries_by_warp(rows.group_part(1, 0) + i, a.groups, rows.stride());
+      if (lane == 0) set_block(base, next, lse);
+    }
+    if (a.strips > 1)
+      for (int at = 2; at < 2 + rows.blocks(); ++at) {
+        const int b = rows.block(at);
+        if (b < 0) continue;
+        const Lse<A> lse = sum_entries_by_warp(rows.strip_part(at, 0) + i, a.strips, rows.stride());
+        if (lane == 0) set_block(base, b, lse);
+      }
+    for (int k = lane; k < ring.passed_groups(); k += 32)
+      a.group_lse[int64_t(k) * a.capacity + slot] = rows.group_part(1, k)[i];
+    return base;  // of lane 0
+  }
+  __device__ Lse<A> fresh_groups() const {
+    return sum_entries_by_warp(rows.group_part(0, 0) + i, min(first_old, a.groups), rows.stride());
+  }
+  // Suffix sums over the groups that head has yet to overwrite, 32 at a time from the end; then
+  // with what is left of the group that it divides.
+  __device__ Lse<A> old_groups() const {
+    auto entry = [&](int k) {
+      return k >= first_old ? rows.group_part(0, k)[i] : minus_infinity<A>();
+    };
+    const A rest =
+        ring.passed_groups() != first_old ? rows.group_part(0, a.groups)[i] : minus_infinity<A>();
+    Lse<A> suffix;
+    A mine = entry(a.groups - 1 - lane);
+    for (int top = a.groups - 1; top >= first_old; top -= 32) {
+      const int k = top - lane;
+      Lse<A> sum;
+      sum.add_lse(mine);
+      mine = entry(k - 32);  // on its way during the sums
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const A max = __shfl_up_sync(0xffffffffu, sum.max, distance);
+        const A part = __shfl_up_sync(0xffffffffu, sum.sum, distance);
+        if (lane >= distance) sum.add(max, part);
+      }
+      sum.add(suffix);
+      if (k >= first_old) a.group_lse[int64_t(k) * a.capacity + slot] = sum.value();
+      suffix.max = __shfl_sync(0xffffffffu, sum.max, 31);
+      suffix.sum = __shfl_sync(0xffffffffu, sum.sum, 31);
+    }
+    suffix.add_lse(rest);
+    return suffix;
+  }
+  __device__ void store(Lse<A> base, const Lse<A>& fresh_base, const Lse<A>& fresh,
+                        const Lse<A>& old) const {
+    base.add(fresh_base);
+    const RowSums<A> sums{base.value(), old.value(), fresh};
+    a.row(kBaseLse)[slot] = sums.base;
+    a.row(kFreshMax)[slot] = fresh.max;
+    a.row(kFreshSum)[slot] = fresh.sum;
+    a.row(kOldLse)[slot] = sums.old;
+    combine_row(a, slot, sums);
+  }
+
+ private:
+  __device__ void set_block(Lse<A>& base, int b, const Lse<A>& lse) const {
     a.block_lse[int64_t(b) * a.capacity + slot] = lse.value();
     if (ring.is_whole(b)) base.add(lse);
-  };
-  for (int b = lane; b < a.blocks; b += 32) {
-    Lse<A> lse;
-    if (b != current && (b == next || rows.index(b) >= 0)) continue;
-    if (b != current && b * a.block < rows.was.fill)
-      lse =
-          sum_entries(a.unit_lse + int64_t(b) * a.parts * a.n + a.n - rows.count + i, a.parts, a.n);
-    set_block(b, lse);
   }
-  // Blocks that were scored afresh have many parts: lanes share them.
-  for (int at = 1; at < 2 + rows.blocks(); ++at) {
-    const int b = rows.block(at);
-    if (b < 0 || b == current) continue;
-    Lse<A> lse;
-    if (at == 1)
-      for (int k = lane; k < a.groups; k += 32) lse.add_lse(rows.group_part(1, k)[i]);
-    else
-      for (int s = lane; s < a.strips; s += 32) lse.add_lse(rows.strip_part(at, s)[i]);
-    lse.merge_lanes(32);
-    if (lane == 0) set_block(b, lse);
-  }
-  base.merge_lanes(32);
-  for (int k = lane; k < passed; k += 32)
-    a.group_lse[int64_t(k) * a.capacity + slot] = rows.group_part(1, k)[i];
 
-  Lse<A> fresh;
-  for (int k = lane; k < min(first_old, a.groups); k += 32) fresh.add_lse(rows.group_part(0, k)[i]);
-  fresh.merge_lanes(32);
-
-  // Suffix sums over the groups that head has yet to overwrite, 32 at a time from the end.
-  Lse<A> suffix;
-  for (int top = a.groups - 1; top >= first_old; top -= 32) {
-    const int k = top - lane;
-    Lse<A> sum;
-    if (k >= first_old) sum.add_lse(rows.group_part(0, k)[i]);
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const A max = __shfl_up_sync(0xffffffffu, sum.max, distance);
-      const A part = __shfl_up_sync(0xffffffffu, sum.sum, distance);
-      if (lane >= distance) sum.add(max, part);
-    }
-    sum.add(suffix);
-    if (k >= first_old) a.group_lse[int64_t(k) * a.capacity + slot] = sum.value();
-    suffix.max = __shfl_sync(0xffffffffu, sum.max, 31);
-    suffix.sum = __shfl_sync(0xffffffffu, sum.sum, 31);
-  }
-  if (lane != 0) return;
-  if (passed != first_old) suffix.add_lse(rows.group_part(0, a.groups)[i]);
-  a.row(kFreshMax)[slot] = fresh.max;
-  a.row(kFreshSum)[slot] = fresh.sum;
-  a.row(kOldLse)[slot] = suffix.value();
-  combine_row(a, slot, base.value(), fresh, suffix.value());
-}
+  const Args<S>& a;
+  const EntryRows<S>& rows;
+  const Ring<S>& ring;
+  const int i, lane, current, next, first_old;
+  const int64_t slot;
+};
 
 // Over the whole blocks of the window, which lie in at most two runs of the table.
 template <class S>
 __device__ Lse<Acc<S>> sum_window_blocks(const Args<S>& a, const Ring<S>& ring, int64_t slot) {
   const int whole = ring.whole_blocks(), before = min(whole, ring.block());
   const int wrapped = whole - before;
-  Lse<Acc<S>> lse = sum_entries(a.block_lse + int64_t(ring.block() - before) * a.capacity + slot,
-                                before, a.capacity);
-  lse.add(sum_entries(a.block_lse + int64_t(a.blocks - wrapped) * a.capacity + slot, wrapped,
-                      a.capacity));
+  Lse<Acc<S>> lse = sum_entries<16>(
+      a.block_lse + int64_t(ring.block() - before) * a.capacity + slot, before, a.capacity);
+  lse.add(sum_entries<16>(a.block_lse + int64_t(a.blocks - wrapped) * a.capacity + slot, wrapped,
+                          a.capacity));
   return lse;
+}
+
+// Turn the groups of the block that head has entered into sums from there to its end.
+template <class S>
+__device__ void sum_suffixes(const Args<S>& a, int first_old, int64_t slot) {
+  using A = Acc<S>;
+  constexpr int kAtOnce = 16;
+  Lse<A> suffix;
+  for (int end = a.groups; end > first_old; end -= kAtOnce) {
+    A* const last = a.group_lse + int64_t(end - 1) * a.capacity + slot;
+    A entry[kAtOnce];
+#pragma unroll
+    for (int e = 0; e < kAtOnce; ++e)
+      entry[e] = end - 1 - e >= first_old ? last[-int64_t(e) * a.capacity] : minus_infinity<A>();
+#pragma unroll
+    for (int e = 0; e < kAtOnce; ++e) {
+      add_entry(suffix, entry[e]);
+      if (end - 1 - e >= first_old) last[-int64_t(e) * a.capacity] = suffix.value();
+    }
+  }
 }
 
 // Bring a surviving row's entries from head to the next head; see banked_rows().
 template <class S>
-__device__ void survive(const Args<S>& a, const Ring<S>& was, const Ring<S>& ring, int64_t slot) {
+__device__ void survive(const Args<S>& a, const Ring<S>& was, const Ring<S>& ring, int64_t slot,
+                        RowSums<Acc<S>> sums) {
   using A = Acc<S>;
   const int first_old = ring.first_old();
-  A base = a.row(kBaseLse)[slot];
   if (was.crosses()) {
-    Lse<A> suffix;
-    for (int k = a.groups - 1; k >= first_old; --k) {
-      A* at = a.group_lse + int64_t(k) * a.capacity + slot;
-      suffix.add_lse(*at);
-      *at = suffix.value();
-    }
-    base = sum_window_blocks(a, ring, slot).value();
+    sum_suffixes(a, first_old, slot);
+    sums.base = sum_window_blocks(a, ring, slot).value();
+    a.row(kBaseLse)[slot] = sums.base;
   }
-  Lse<A> old;
-  old.add_lse(a.row(kOldLse)[slot]);
-  if (first_old < a.groups) old.add_lse(a.group_lse[int64_t(first_old) * a.capacity + slot]);
-  a.row(kOldLse)[slot] = old.value();
-  combine_row(a, slot, base, {a.row(kFreshMax)[slot], a.row(kFreshSum)[slot]}, old.value());
+  if (first_old < a.groups) {
+    Lse<A> old;
+    old.add_lse(sums.old);
+    old.add_lse(a.group_lse[int64_t(first_old) * a.capacity + slot]);
+    sums.old = old.value();
+    a.row(kOldLse)[slot] = sums.old;
+  }
+  combine_row(a, slot, sums);
 }
 
-// Grid (survivor blocks of kThreads rows, then rows / kWarps). With `batch` the first part brings
-// the rows that stay up to date; a rebuild has no such part.
+constexpr int kEnterWarps = 4;  // the four parts of EnterRow
+constexpr int kEnterThreads = 32 * kEnterWarps;
+
+// Grid (survivor blocks of kEnterThreads rows, then rows). With `batch` the first part brings the
+// rows that stay up to date; a rebuild has no such part.
 template <class S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kEnterThreads)
     enter_rows(const Args<S> a, Entries which, int first_row, int survivor_blocks) {
-  const EntryRows<S> rows(a, which, first_row, has_entered(a, which));
-  if (rows.count == 0) return;
-  if (int(blockIdx.x) < survivor_blocks) {
-    const int slot = blockIdx.x * kThreads + threadIdx.x;
-    if (slot < rows.was.fill && !rows.was.is_written(slot)) survive(a, rows.was, rows.ring, slot);
+  using A = Acc<S>;
+  const bool survivors = int(blockIdx.x) < survivor_blocks;
+  const int slot = blockIdx.x * kEnterThreads + threadIdx.x;
+  // Asked for before the barrier that has_entered() waits at: one wait for all.
+  RowSums<A> kept{};
+  if (survivors && slot < a.capacity) kept = sums_of(a, slot);
+  const EntryRows<S> rows(a, which, first_row, true);
+  if (!has_entered(a, which)) return;
+  if (survivors) {
+    if (slot < rows.was.fill && !rows.was.is_written(slot))
+      survive(a, rows.was, rows.ring, slot, kept);
     return;
   }
-  const int i = (blockIdx.x - survivor_blocks) * kWarps + threadIdx.x / 32;
-  if (i < rows.count) enter_row(rows, i);
+  const int i = blockIdx.x - survivor_blocks, warp = threadIdx.x / 32;
+  if (i >= rows.count) return;
+  const EnterRow<S> row(rows, i);
+  const Lse<A> mine = warp == 0   ? row.old_groups()
+                      : warp == 1 ? row.scored_blocks()
+                      : warp == 2 ? row.fresh_blocks()
+                                  : row.fresh_groups();
+  __shared__ A max[kEnterWarps], sum[kEnterWarps];
+  if (threadIdx.x % 32 == 0) {
+    max[warp] = mine.max;
+    sum[warp] = mine.sum;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0)
+    row.store({max[1], sum[1]}, {max[2], sum[2]}, {max[3], sum[3]}, {max[0], sum[0]});
 }
 
 // Another window: the same table, other blocks of it summed. Grid (C / kThreads).
@@ -295,8 +406,10 @@ __global__ void __launch_bounds__(kThreads) sum_window(const Args<S> a) {
   const Ring<S> ring(a, a.cursor);
   const int slot = blockIdx.x * kThreads + threadIdx.x;
   if (slot >= ring.fill) return;
-  combine_row(a, slot, sum_window_blocks(a, ring, slot).value(),
-              {a.row(kFreshMax)[slot], a.row(kFreshSum)[slot]}, a.row(kOldLse)[slot]);
+  RowSums<Acc<S>> sums = sums_of(a, slot);
+  sums.base = sum_window_blocks(a, ring, slot).value();
+  a.row(kBaseLse)[slot] = sums.base;
+  combine_row(a, slot, sums);
 }
 
 }  // namespace contaccum

@@ -5,6 +5,8 @@
 
 #include "attend_mma.cuh"
 #include "attend_mma.h"
+#include "entries_mma.cuh"
+#include "entries_mma.h"
 #include "rows_mma.cuh"
 
 namespace contaccum {
@@ -72,6 +74,26 @@ void launch_rows_mma(const Args<S>& a, const CudaDevice& device, cudaStream_t st
     launch_rows<S, 128>(a, stream);
   else
     launch_rows<S, 64>(a, stream);
+}
+
+template <class S, class Tile>
+void launch_entries(const Args<S>& a, const EntryLaunch& launch, cudaStream_t stream) {
+  static_assert(sizeof(typename ScoreEntries<S, Tile>::Shared) == Tile::kSharedBytes,
+                "entry_columns() counts what the kernel needs");
+  const auto kernel = score_entries_mma<S, Tile>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
+  const dim3 grid(ceil_div(launch.rows, Tile::kRows), a.strips + 1, 2 + launch.blocks);
+  kernel<<<grid, kThreads, Tile::kSharedBytes, stream>>>(a, launch.which, launch.first_row);
+}
+
+template <class S>
+void launch_entries_mma(const Args<S>& a, const EntryLaunch& launch, cudaStream_t stream) {
+  if (launch.columns == SmallEntries::kColumns)
+    launch_entries<S, SmallEntries>(a, launch, stream);
+  else if (launch.columns == NarrowEntries::kColumns)
+    launch_entries<S, NarrowEntries>(a, launch, stream);
+  else
+    launch_entries<S, WideEntries>(a, launch, stream);
 }
 
 }  // namespace contaccum

@@ -9,6 +9,7 @@
 #include "attend_mma.h"
 #include "attend_sm90a.h"
 #include "entries.cuh"
+#include "entries_mma.h"
 #include "launch.h"
 #include "offsets.cuh"
 #include "reduce.cuh"
@@ -36,6 +37,7 @@ class Arena {
 constexpr int64_t kPartialBytes = 14 << 20;  // of part_out where more than one split is worth it
 constexpr int64_t kUnitBytes = 1 << 20;      // of unit_lse where finer units are worth it
 constexpr int64_t kEntryBytes = 2 << 20;     // of strip_part, and of the rows of a rebuild
+constexpr int64_t kMaxStrips = 1 << 15;      // of a block: a dimension of a grid
 constexpr int kBlocksPerProcessor = 2;       // thread blocks of a streaming kernel that fit at once
 
 // How one streaming pass is cut.
@@ -201,13 +203,25 @@ inline int64_t touched_blocks(const Layout& y, int64_t n) {
   return std::min(y.blocks(), ceil_div(n - 1, y.block) + 1);
 }
 
+// Columns that a thread block scores at once for the table; 0 without tensor cores.
+template <class S>
+int64_t columns_of_entries(const CudaStep& step, int64_t rows, int64_t slots) {
+  return takes_tensor_cores<S>(step) ? entry_columns(step.device, rows, slots * step.layout.m) : 0;
+}
+template <class S>
+int64_t columns_of_batch(const CudaStep& step) {  // blocks that it touches are mostly head's
+  return columns_of_entries<S>(step, step.batch.n, 2 * step.layout.block);
+}
+
 // The entries of the batch's rows.
 template <class S>
 void arrange_batch(const CudaStep& step, Arena& arena, Args<S>& a) {
   using A = Acc<S>;
   const int64_t touched = touched_blocks(step.layout, a.n), n = a.n;
   const int64_t fit = kEntryBytes / (touched * n * int64_t(sizeof(A)));
-  a.strip_groups = int(ceil_div(a.groups, std::max<int64_t>(1, std::min<int64_t>(fit, a.groups))));
+  const int64_t strips = std::max<int64_t>(1, std::min<int64_t>({fit, a.groups, kMaxStrips}));
+  const int64_t tile = columns_of_batch<S>(step) / (int64_t(a.group) * a.m);  // groups
+  a.strip_groups = int(std::max(ceil_div(a.groups, strips), tile));
   a.strips = int(ceil_div(a.groups, a.strip_groups));
   a.group_part = arena.take<A>(2 * (a.groups + 1) * n);
   a.strip_part = arena.take<A>(touched * a.strips * n);
@@ -324,26 +338,34 @@ class Launcher {
     banked_rows<S, V><<<a_.row_blocks, kRowThreads, 0, stream_>>>(a_);
   }
 
+  // Rows from first_row on against head's block, the next and `blocks` others.
+  void score_entries_of(const Args<S>& a, const EntryLaunch& launch) {
+    if constexpr (sizeof(S) == 2)
+      if (launch.columns > 0) return launch_entries_mma<S>(a, launch, stream_);
+    const dim3 grid(ceil_div(launch.rows, T), ceil_div(a.strips, kWarps), 2 + launch.blocks);
+    score_entries<S, V><<<grid, kThreads, 0, stream_>>>(a, launch.which, launch.first_row);
+  }
+
   void enter_batch() {
     Arena arena = arena_;
     Args<S> a = a_;
     arrange_batch(step_, arena, a);
-    const int64_t rows = std::min<int>(a.n, a.capacity), survivors = ceil_div(a.capacity, kThreads);
-    const dim3 grid(ceil_div(rows, T), ceil_div(a.strips, kWarps),
-                    2 + touched_blocks(step_.layout, a.n));
-    score_entries<S, V><<<grid, kThreads, 0, stream_>>>(a, Entries::batch, 0);
-    enter_rows<S><<<survivors + ceil_div(rows, kWarps), kThreads, 0, stream_>>>(a, Entries::batch,
-                                                                                0, int(survivors));
+    const int64_t rows = std::min<int>(a.n, a.capacity);
+    const int64_t survivors = ceil_div(a.capacity, kEnterThreads);
+    score_entries_of(a, {Entries::batch, 0, rows, touched_blocks(step_.layout, a.n),
+                         columns_of_batch<S>(step_)});
+    enter_rows<S>
+        <<<survivors + rows, kEnterThreads, 0, stream_>>>(a, Entries::batch, 0, int(survivors));
   }
 
   void rebuild(Entries which) {
     Arena arena = arena_;
     Args<S> a = a_;
     arrange_rebuild(step_, arena, a);
-    const dim3 grid(ceil_div(a.rebuild_rows, T), 1, 2 + a.blocks);
+    const int64_t columns = columns_of_entries<S>(step_, a.rebuild_rows, a.capacity);
     for (int row = 0; row < a.capacity; row += a.rebuild_rows) {
-      score_entries<S, V><<<grid, kThreads, 0, stream_>>>(a, which, row);
-      enter_rows<S><<<ceil_div(a.rebuild_rows, kWarps), kThreads, 0, stream_>>>(a, which, row, 0);
+      score_entries_of(a, {which, row, a.rebuild_rows, a.blocks, columns});
+      enter_rows<S><<<a.rebuild_rows, kEnterThreads, 0, stream_>>>(a, which, row, 0);
     }
   }
 

@@ -49,6 +49,31 @@ struct RowsTile {
   static_assert(kWarpsDown * (kColumns / kWarpColumns) == kWarps, "a part for each warp");
 };
 
+// New rows against columns of a block, for the table: RowsTile's product. Where rows and columns
+// are few, eight slices in flight hide the way to memory, and warps share d, or their chains of
+// products would take longer than the copies.
+template <int kRows_, int kColumns_, int kStages_>
+struct EntriesTile {
+  static constexpr int kRows = kRows_, kColumns = kColumns_, kStages = kStages_;
+  static constexpr int kWarpRows = kRows >= 128 ? 32 : 16;
+  static constexpr int kWarpColumns = kColumns / 2;
+  static constexpr int kWarpsDown = kRows / kWarpRows, kWarpsAcross = kColumns / kWarpColumns;
+  static constexpr int kWarpsDeep = kWarps / (kWarpsDown * kWarpsAcross);
+  static constexpr int kSlice = 64, kRowBytes = 2 * kSlice + 16;  // odd, in 16-byte units
+  static constexpr int kStageBytes = (kRows + kColumns) * kRowBytes;
+  static constexpr int kParts = kThreads / kRows;  // threads of a row
+  // Odd: a row a lane, in distinct banks. 32 x + 9: no more than two lanes meet when they write.
+  static constexpr int kScoreStride = kColumns + 9;
+  // With ids, slots, and the sums of parts of rows.
+  static constexpr int kSharedBytes =
+      kStages * kStageBytes + kColumns * 8 + kRows * 4 + kParts * kRows * 8;
+  static_assert(kWarpsDown * kWarpsAcross * kWarpsDeep == kWarps, "a share for each warp");
+  static_assert(kSlice / 16 % kWarpsDeep == 0 && kWarpColumns % 16 == 0, "whole loads of matrices");
+  static_assert(kRows % 32 == 0, "a warp's threads belong to one part of their rows");
+  static_assert(kWarpsDeep * kRows * kScoreStride * 4 <= kStages * kStageBytes,
+                "scores take the place of slices");
+};
+
 // Hopper: kSlice elements of d a block, half of the vectors' where two blocks share them.
 template <int kSlice_, int kCluster_, int kStages_>
 struct HopperTile {
