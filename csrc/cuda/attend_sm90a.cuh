@@ -1,4 +1,4 @@
-// One side of the loss on Hopper's tensor cores, for 16-bit banks of d <= 768; what attend.cuh
+// One side of the loss on Hopper's tensor cores, for 16-bit banks of d <= 1024; what attend.cuh
 // computes, for batches of more than a few vectors.
 //
 // - A block holds 64 local vectors and walks over the bank in tiles of 64. Bank and weights come as

@@ -28,9 +28,9 @@ bool has_offset_arrays(const CudaStep& step) {
 
 template <class S>
 bool takes_sm90a(const CudaStep& step, int64_t locals) {
-  constexpr int64_t kSmall = 16, kMaxDimHopper = 768;  // few locals: bytes decide, not products
+  constexpr int64_t kSmall = 16;  // with few locals bytes decide, not products
   if (!takes_tensor_cores<S>(step) || step.device.compute_capability != 90) return false;
-  if (locals <= kSmall || step.layout.d > kMaxDimHopper) return false;
+  if (locals <= kSmall) return false;
   return !step.options.use_offsets || step.layout.capacity == 0 || has_offset_arrays<S>(step);
 }
 
@@ -40,7 +40,7 @@ bool takes_rows_sm90a(const CudaStep& step) {
   constexpr int64_t kFewRows = 1024;  // a block takes 128
   const Layout& y = step.layout;
   if (!takes_tensor_cores<S>(step) || step.device.compute_capability != 90) return false;
-  if (y.d > 768 || y.capacity < kFewRows) return false;
+  if (y.capacity < kFewRows) return false;
   const int64_t columns = y.group * y.m;
   if (columns != 8 && columns != 16 && columns != 32 && columns != kBoxRows) return false;
   return !step.options.use_offsets || has_offset_arrays<S>(step);

@@ -61,7 +61,8 @@ template <class F>
 auto with_tile_sm90a(int64_t d, F f) {
   if (d <= 128) return f(HopperTile<128, 1, 6>{});
   if (d <= 384) return f(HopperTile<384, 1, 3>{});
-  return f(HopperTile<384, 2, 3>{});
+  if (d <= 768) return f(HopperTile<384, 2, 3>{});
+  return f(HopperTile<512, 2, 2>{});
 }
 
 template <class S, Side kSide>

@@ -1,5 +1,5 @@
 // Banked rows x local columns on Hopper's tensor cores; what rows.cuh computes, for 16-bit banks of
-// d <= 768.
+// d <= 1024.
 //
 // - A block takes 128 bank rows at a time and walks over all columns they meet: the local ones, then
 //   the slots that upkeep needs. It goes on to other rows while there are: what it copies runs ahead. Up to four tiles of 64 columns, which may lie anywhere, make one product. Rows

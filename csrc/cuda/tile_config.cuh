@@ -88,7 +88,9 @@ struct HopperTile {
   static constexpr int kOperandBytes = kColumns * kBoxBytes;
   static constexpr int kWeightBytes = 64 * 64 * 2;
   // Of a thread. Together 512: four times the 128 that 512 threads begin with.
-  static constexpr int kCopyRegisters = 48, kSumRegisters = 128, kScoreRegisters = 208;
+  static constexpr int kSumRegisters = kSums > 3 ? 160 : 128;
+  static constexpr int kCopyRegisters = kSums > 3 ? 40 : 48;
+  static constexpr int kScoreRegisters = 512 - 2 * kSumRegisters - kCopyRegisters;
 };
 
 // Banked rows on Hopper: 128 rows by kTiles * 64 columns, of which four are 128 registers of scores.
