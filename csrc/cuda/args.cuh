@@ -65,7 +65,7 @@ struct Args {
   // Scratch, how the work is split, and the output.
   int local_splits, bank_splits;      // of the query side: over local columns, over units
   int gradient_local, gradient_bank;  // splits of the passage side: over local, over banked rows
-  int query_extra, gradient_extra;  // more of part_out on each side, not to be weighed: offsets'
+  int query_extra, gradient_extra;    // more of part_out on each side, not to be weighed: offsets'
   Divisor parts;
   int unit_slots;  // a block is cut into `parts` units; a unit's log-sum-exp is never split
   int strips, strip_groups;  // groups of a block that one warp scores for a new row
@@ -87,12 +87,12 @@ struct Args {
   float* passage_bias;  // (1 + offset_blocks, n * m)
   float* query_mass;    // (slot groups + 1, m, n), logarithms
   float* passage_mass;  // (slot groups + 1, n * m)
-  A* group_part;      // (2, groups + 1, rows): new rows over the groups of head's block and the
-                      // next; the last entry is what of a group head has yet to overwrite
-  A* strip_part;      // (blocks, strips, rows): over the strips of other blocks
-  A* loss;            // ()
-  A* d_queries;       // (n, d)
-  A* d_passages;      // (n, m, d)
+  A* group_part;        // (2, groups + 1, rows): new rows over the groups of head's block and the
+                        // next; the last entry is what of a group head has yet to overwrite
+  A* strip_part;        // (blocks, strips, rows): over the strips of other blocks
+  A* loss;              // ()
+  A* d_queries;         // (n, d)
+  A* d_passages;        // (n, m, d)
 
   __device__ A* row(RowState which) const { return row_state + int64_t(which) * capacity; }
   __device__ const A* mean(int index, int kind) const {

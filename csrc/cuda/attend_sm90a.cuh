@@ -5,7 +5,8 @@
 //   the operands of warpgroup products from shared memory; sums stay in registers.
 // - 64 x d sums fill the registers at d = 384. For more, two blocks share the elements of d as a
 //   cluster: each multiplies its half, they exchange partial scores, both weigh the whole tile.
-// - One warp asks the copy engine for tiles, a warpgroup makes scores into weights (weigh_sm90a.cuh),
+// - One warp asks the copy engine for tiles, a warpgroup makes scores into weights
+// (weigh_sm90a.cuh),
 //   two sum up weighted tiles.
 #pragma once
 
@@ -39,7 +40,7 @@ class AttendHopper {
         barrier_init(at(sh.empty[s]), 8);  // the warps that sum
       }
       for (int b = 0; b < 2; ++b) {
-        barrier_init(at(sh.weights_full[b]), 4);  // the warps that score
+        barrier_init(at(sh.weights_full[b]), 16);  // four lanes of the warps that score
         barrier_init(at(sh.weights_empty[b]), 8);
       }
       barrier_init(at(sh.partial_full), 1);
@@ -50,8 +51,8 @@ class AttendHopper {
       cluster_sync();
     else
       __syncthreads();
-    // Not known to the compiler to be the same in a warp; products in a branch that might diverge are
-    // serialised.
+    // Not known to the compiler to be the same in a warp; products in a branch that might diverge
+    // are serialised.
     const int group = __shfl_sync(0xffffffffu, int(threadIdx.x) / T::kGroup, 0);
     if (group == 0) {
       registers_up_to<T::kScoreRegisters>();
@@ -68,12 +69,7 @@ class AttendHopper {
   }
 
  private:
-  template <class V>
-  __device__ __forceinline__ static uint32_t at(const V& variable) {
-    return shared_address(&variable);
-  }
-
-  // --- one thread: tiles from global memory -------------------------------------------------------
+  // --- one thread: tiles from global memory ---
 
   __device__ __forceinline__ void copy_vectors(char* to, const CUtensorMap* map, int kind, int row,
                                                uint32_t barrier) {
@@ -104,7 +100,7 @@ class AttendHopper {
     }
   }
 
-  // --- two warpgroups: weighted sums, of half of the block's elements of d each ----------------------
+  // --- two warpgroups: weighted sums, of half of the block's elements of d each ---
 
   __device__ __forceinline__ void sum_up(int which) {
     float acc[T::kSums][32];
@@ -115,7 +111,7 @@ class AttendHopper {
     for (int i = 0;; ++i) {
       const int buffer = i % 2, stage = i % T::kStages;
       barrier_wait(at(sh.weights_full[buffer]), i / 2 & 1);
-      const Order order = uniform(sh.order[buffer]);
+      const Order order = uniform(lane == 0 ? sh.order[buffer] : Order::skip);
       if (order == Order::stop) break;
       if (kQuerySide && order == Order::rescale_and_add) rescale(buffer, acc);
       if (order != Order::skip) {

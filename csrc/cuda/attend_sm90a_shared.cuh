@@ -21,11 +21,11 @@ __host__ __device__ constexpr float weight_shift(Side side) {
 
 template <class T>
 struct HopperShared {
-  char local[T::kOperandBytes];             // 64 local vectors
-  char tile[T::kStages][T::kOperandBytes];  // 64 bank vectors
-  char weight[2][T::kWeightBytes];          // (bank, local)
+  char local[T::kOperandBytes];                         // 64 local vectors
+  char tile[T::kStages][T::kOperandBytes];              // 64 bank vectors
+  char weight[2][T::kWeightBytes];                      // (bank, local)
   float4 partial[T::kCluster == 2 ? 8 : 1][T::kGroup];  // the other block's share of the scores
-  float reference[2][T::kLocal];  // of the loss; of the table
+  float reference[2][T::kLocal];                        // of the loss; of the table
   float shrink[2][T::kLocal];
   float bias[T::kLocal];
   float column[4][T::kLocal];  // by warp

@@ -49,8 +49,7 @@ struct Cut {
 
 template <class S>
 Cut cut_for(const CudaStep& step, int64_t locals) {
-  if (takes_sm90a<S>(step, locals))
-    return {kBoxRows, kBoxRows, sm90a_clusters_at_once<S>(step)};
+  if (takes_sm90a<S>(step, locals)) return {kBoxRows, kBoxRows, sm90a_clusters_at_once<S>(step)};
   if (takes_tensor_cores<S>(step))
     return {8 * mma_n_tiles(step.layout.d, locals), kMmaBankTile, step.device.multiprocessors};
   return {kLocals<Acc<S>>, kWarps * kTileRows<Acc<S>>,
@@ -71,8 +70,8 @@ inline int local_share(int splits, int64_t local, int64_t bank, int64_t tile) {
   return int(std::max<int64_t>(1, std::min(share, ceil_div(local, tile))));
 }
 
-// Slots of a unit where splits take whole units: the largest that shares the work nearly as evenly as
-// any, since closing a unit costs about a third of a tile.
+// Slots of a unit where splits take whole units: the largest that shares the work nearly as evenly
+// as any, since closing a unit costs about a third of a tile.
 inline int unit_slots_sm90a(const Layout& y, int64_t n, int splits) {
   const int64_t tiles = std::max<int64_t>(1, ceil_div(y.block, kBoxRows));
   int64_t best = tiles, best_cost = 0;
@@ -144,7 +143,8 @@ Args<S> arrange(const CudaStep& step, Arena& arena) {
   const Cut cut = cut_for<S>(step, n), gradient_cut = cut_for<S>(step, columns);
   const int64_t tile = cut.tile;
   const int query_splits = split_budget(step, n, cut, sizeof(A));
-  const bool sm90a_queries = takes_sm90a<S>(step, n), sm90a_passages = takes_sm90a<S>(step, columns);
+  const bool sm90a_queries = takes_sm90a<S>(step, n),
+             sm90a_passages = takes_sm90a<S>(step, columns);
   a.local_splits = local_share(query_splits, columns, y.capacity * y.m, tile);
   if (sm90a_queries) {
     a.local_splits = 0;  // each split takes its share of both
@@ -170,10 +170,7 @@ Args<S> arrange(const CudaStep& step, Arena& arena) {
     a.gradient_local = 0;
     a.gradient_bank = gradient_splits;
   }
-  a.row_blocks =
-      a.banked_rows || a.incremental
-          ? row_blocks<S>(step)
-          : 0;
+  a.row_blocks = a.banked_rows || a.incremental ? row_blocks<S>(step) : 0;
 
   const int64_t splits = a.local_splits + a.bank_splits;  // at most kMaxSplits + 1
   a.position = arena.take<int64_t>(2);
@@ -286,7 +283,7 @@ class Launcher {
   void score_offsets() {
     const int64_t means = 1 + a_.offset_blocks, columns = int64_t(a_.n) * a_.m;
     const int64_t tiles = bias_tiles(means * a_.m, a_.n) + bias_tiles(means, columns);
-    offset_biases<S><<<tiles, kThreads, 0, stream_>>>(a_);
+    offset_biases<S><<<tiles, kOffsetThreads, 0, stream_>>>(a_);
   }
 
   void check(bool described) {
@@ -298,9 +295,9 @@ class Launcher {
     if (!a_.with_grad || (queries ? a_.query_extra : a_.gradient_extra) == 0) return;
     const dim3 grid(ceil_div(a_.d, kMassColumns), ceil_div(locals, kMassLocals), kOffsetSplits);
     if (queries)
-      offset_gradients<S, true><<<grid, kThreads, 0, stream_>>>(a_, splits);
+      offset_gradients<S, true><<<grid, kOffsetThreads, 0, stream_>>>(a_, splits);
     else
-      offset_gradients<S, false><<<grid, kThreads, 0, stream_>>>(a_, splits);
+      offset_gradients<S, false><<<grid, kOffsetThreads, 0, stream_>>>(a_, splits);
   }
 
   void attend(bool queries, int splits, int64_t locals) {

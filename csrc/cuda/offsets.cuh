@@ -1,7 +1,8 @@
-// Drift offsets for the kernels of sm_90a: what the offset of a block of slots, mean_now - mean_then,
-// adds to scores, and what the block's probability mass makes of it in the gradients. Both are small
-// products with (blocks, d). Tensor cores take numbers of 16 bits, so a float goes in as two: what
-// rounding leaves of the first is the second. Biases and query masses are in base 2.
+// Drift offsets for the kernels of sm_90a: what the offset of a block of slots, mean_now -
+// mean_then, adds to scores, and what the block's probability mass makes of it in the gradients.
+// Both are small products with (blocks, d). Tensor cores take numbers of 16 bits, so a float goes
+// in as two: what rounding leaves of the first is the second. Biases and query masses are in
+// base 2.
 #pragma once
 
 #include "online_softmax.cuh"
@@ -26,21 +27,22 @@ __device__ __forceinline__ void split_pair(float x, float y, uint32_t& rounded, 
   }
 }
 
-// --- biases -----------------------------------------------------------------------------------------
+// --- biases ---
 
-constexpr int kBiasMeans = 16, kBiasLocals = 64;
+constexpr int kOffsetWarps = 16, kOffsetThreads = 32 * kOffsetWarps;  // latency decides
+constexpr int kBiasMeans = 16, kBiasLocals = 32;
 
 inline int64_t bias_tiles(int64_t means, int64_t locals) {
   return (means + kBiasMeans - 1) / kBiasMeans * ((locals + kBiasLocals - 1) / kBiasLocals);
 }
 
-// One (kBiasMeans, kBiasLocals) tile of out (means, locals); the i-th mean is means[1 + i / kinds], of
-// kind first_kind + i % kinds. Warps share d.
+// One (kBiasMeans, kBiasLocals) tile of out (means, locals); the i-th mean is means[1 + i / kinds],
+// of kind first_kind + i % kinds. Warps share d.
 template <class S>
 __device__ void bias_tile(const Args<S>& a, int tile, const S* locals, int local_count, int kinds,
                           int first_kind, float* out) {
   constexpr int NT = kBiasLocals / 8;
-  __shared__ float part[kWarps][kBiasMeans][kBiasLocals + 8];
+  __shared__ float part[kOffsetWarps][kBiasMeans][kBiasLocals + 8];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int count = (1 + a.offset_blocks) * kinds;
   const int tiles = (local_count + kBiasLocals - 1) / kBiasLocals;
@@ -53,7 +55,7 @@ __device__ void bias_tile(const Args<S>& a, int tile, const S* locals, int local
     then[h] = a.mean(1 + i / kinds, kind);
   }
   float acc[NT][4] = {};
-  for (int k0 = warp * 16; k0 < a.d; k0 += kWarps * 16) {
+  for (int k0 = warp * 16; k0 < a.d; k0 += kOffsetWarps * 16) {
     uint32_t x[4], rest[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {  // rows lane / 4 and 8 further; then the same, 8 elements further
@@ -85,10 +87,10 @@ __device__ void bias_tile(const Args<S>& a, int tile, const S* locals, int local
     for (int e = 0; e < 4; ++e)
       part[warp][lane / 4 + e / 2 * 8][nt * 8 + lane % 4 * 2 + e % 2] = acc[nt][e];
   __syncthreads();
-  for (int at = threadIdx.x; at < kBiasMeans * kBiasLocals; at += kThreads) {
+  for (int at = threadIdx.x; at < kBiasMeans * kBiasLocals; at += kOffsetThreads) {
     const int i = at / kBiasLocals, l = at % kBiasLocals;
     float sum = 0;
-    for (int w = 0; w < kWarps; ++w) sum += part[w][i][l];
+    for (int w = 0; w < kOffsetWarps; ++w) sum += part[w][i][l];
     if (mean0 + i < count && local0 + l < local_count)
       out[int64_t(mean0 + i) * local_count + local0 + l] = sum * a.scale * kLog2e;
   }
@@ -96,11 +98,11 @@ __device__ void bias_tile(const Args<S>& a, int tile, const S* locals, int local
 
 // Grid: the tiles of query_bias, then those of passage_bias.
 template <class S>
-__global__ void __launch_bounds__(kThreads) offset_biases(const Args<S> a) {
+__global__ void __launch_bounds__(kOffsetThreads) offset_biases(const Args<S> a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // only launched on sm_90
   const int means = 1 + a.offset_blocks;
-  const int query_tiles = (means * a.m + kBiasMeans - 1) / kBiasMeans *
-                          ((a.n + kBiasLocals - 1) / kBiasLocals);
+  const int query_tiles =
+      (means * a.m + kBiasMeans - 1) / kBiasMeans * ((a.n + kBiasLocals - 1) / kBiasLocals);
   const int tile = blockIdx.x;
   if (tile < query_tiles)
     bias_tile(a, tile, a.local_queries, a.n, int(a.m), 1, a.query_bias);
@@ -109,17 +111,17 @@ __global__ void __launch_bounds__(kThreads) offset_biases(const Args<S> a) {
 #endif
 }
 
-// --- gradients --------------------------------------------------------------------------------------
+// --- gradients ---
 
 constexpr int kMassLocals = 32, kMassColumns = 64;
 
-// Grid (d / kMassColumns, locals / kMassLocals, kOffsetSplits): a share of the slot groups each, into
-// part_out behind the splits of the pass that has left the masses. A warp has 16 elements of d and
-// half of the share.
+// Grid (d / kMassColumns, locals / kMassLocals, kOffsetSplits): a share of the slot groups each,
+// into part_out behind the splits of the pass that has left the masses. A warp has 16 elements of d
+// and a quarter of the share.
 template <class S, bool kQuerySide>
-__global__ void __launch_bounds__(kThreads) offset_gradients(const Args<S> a, int splits) {
+__global__ void __launch_bounds__(kOffsetThreads) offset_gradients(const Args<S> a, int splits) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // only launched on sm_90
-  constexpr int NT = kMassLocals / 8, kDown = kMassColumns / 16;
+  constexpr int NT = kMassLocals / 8, kDown = kMassColumns / 16, kAlong = kOffsetWarps / kDown;
   __shared__ float part[kMassLocals][kMassColumns + 1];
   __shared__ float lse[kMassLocals];
   const Ring<S> ring(a, kQuerySide ? a.cursor : a.position);
@@ -127,18 +129,18 @@ __global__ void __launch_bounds__(kThreads) offset_gradients(const Args<S> a, in
   const int total = kQuerySide ? a.n : a.n * a.m, kinds = kQuerySide ? int(a.m) : 1;
   const int local0 = blockIdx.y * kMassLocals;
   const int column = blockIdx.x * kMassColumns + warp % kDown * 16 + lane / 4;  // and 8 further
-  if (kQuerySide)
-    for (int l = warp; l < kMassLocals; l += kWarps) {
-      Lse<float> whole;
-      const int row = min(local0 + l, total - 1);
-      for (int s = lane; s < splits; s += 32)
-        whole.add(a.part_max[int64_t(s) * a.n + row], a.part_sum[int64_t(s) * a.n + row]);
-      whole.merge_lanes(32);
-      if (lane == 0) lse[l] = whole.value() * kLog2e;
-    }
+  if (kQuerySide) {  // 16 lanes a local vector
+    constexpr int kLanes = kOffsetThreads / kMassLocals;
+    const int l = threadIdx.x / kLanes, row = min(local0 + l, total - 1);
+    Lse<float> whole;
+    for (int s = threadIdx.x % kLanes; s < splits; s += kLanes)
+      whole.add(a.part_max[int64_t(s) * a.n + row], a.part_sum[int64_t(s) * a.n + row]);
+    whole.merge_lanes(kLanes);
+    if (threadIdx.x % kLanes == 0) lse[l] = whole.value() * kLog2e;
+  }
   __syncthreads();
   const int groups = (int(a.capacity) + kBoxRows - 1) / kBoxRows, pieces = (groups + 1) * kinds;
-  const int share = int(blockIdx.z) * 2 + warp / kDown, shares = int(gridDim.z) * 2;
+  const int share = int(blockIdx.z) * kAlong + warp / kDown, shares = int(gridDim.z) * kAlong;
   const int steps = (pieces + 15) / 16;
   float acc[NT][4] = {};
   for (int p0 = steps * share / shares * 16; p0 < steps * (share + 1) / shares * 16; p0 += 16) {
@@ -188,19 +190,20 @@ __global__ void __launch_bounds__(kThreads) offset_gradients(const Args<S> a, in
       multiply_add<Bf16>(acc[nt], x, y_rest[0], y_rest[1]);
     }
   }
-  // acc: (d, local). The two halves of the share are added in order.
-  for (int turn = 0; turn < 2; ++turn) {
+  // acc: (d, local). The parts of the share are added in order.
+  for (int turn = 0; turn < kAlong; ++turn) {
     if (warp / kDown == turn)
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          float& sum = part[nt * 8 + lane % 4 * 2 + e % 2][warp % kDown * 16 + lane / 4 + e / 2 * 8];
+          float& sum =
+              part[nt * 8 + lane % 4 * 2 + e % 2][warp % kDown * 16 + lane / 4 + e / 2 * 8];
           sum = turn == 0 ? acc[nt][e] : sum + acc[nt][e];
         }
     __syncthreads();
   }
-  for (int at = threadIdx.x; at < kMassLocals * kMassColumns; at += kThreads) {
+  for (int at = threadIdx.x; at < kMassLocals * kMassColumns; at += kOffsetThreads) {
     const int l = local0 + at / kMassColumns, k = blockIdx.x * kMassColumns + at % kMassColumns;
     if (l < total && k < a.d)
       a.part_out[(int64_t(splits + blockIdx.z) * total + l) * a.d + k] =

@@ -11,7 +11,13 @@
 
 namespace contaccum {
 
-// --- clusters -----------------------------------------------------------------------------------
+// Where a variable of shared memory lies, for the instructions below.
+template <class V>
+__device__ __forceinline__ uint32_t at(const V& variable) {
+  return shared_address(&variable);
+}
+
+// --- clusters ---
 
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
@@ -32,7 +38,7 @@ __device__ __forceinline__ void cluster_sync() {
           : "memory");
 }
 
-// --- barriers in shared memory --------------------------------------------------------------------
+// --- barriers in shared memory ---
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals)
@@ -52,8 +58,7 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
 }
 // For barriers that hand a buffer back: no data goes with it.
 __device__ __forceinline__ void barrier_arrive_there(uint32_t barrier_there) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(barrier_there)
-               : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(barrier_there) : "memory");
 }
 // Until the phase of this parity is over. What the copy engine or store_there() wrote is then seen:
 // the barrier has counted its bytes.
@@ -80,7 +85,7 @@ __device__ __forceinline__ void store_there(uint32_t there, float a, float b, fl
       : "memory");
 }
 
-// --- named barriers: some of the warps of a block ---------------------------------------------------
+// --- named barriers: some of the warps of a block ---
 
 template <int kCount>
 __device__ __forceinline__ void named_sync(int id) {
@@ -102,7 +107,7 @@ __device__ __forceinline__ bool named_any(int id, bool mine) {
   return any;
 }
 
-// --- registers: a warpgroup gives some back, another takes them ------------------------------------
+// --- registers: a warpgroup gives some back, another takes them ---
 
 template <int kCount>
 __device__ __forceinline__ void registers_up_to() {
@@ -113,7 +118,7 @@ __device__ __forceinline__ void registers_down_to() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kCount));
 }
 
-// --- the copy engine --------------------------------------------------------------------------------
+// --- the copy engine ---
 
 // A box of a (rows, kinds, d) tensor into shared memory; what lies outside the tensor is zero.
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int k, int kind,
@@ -124,8 +129,8 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
       "l"(map), "r"(k), "r"(kind), "r"(row), "r"(barrier)
       : "memory");
 }
-// The same into several blocks of the cluster (bits of `blocks`), at the same place; each has its own
-// barrier count the bytes.
+// The same into several blocks of the cluster (bits of `blocks`), at the same place; each has its
+// own barrier count the bytes.
 __device__ __forceinline__ void copy_box_to(uint16_t blocks, uint32_t to, const CUtensorMap* map,
                                             int k, int kind, int row, uint32_t barrier) {
   asm volatile(
@@ -142,7 +147,7 @@ __device__ __forceinline__ void fence_for_products() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 }
 
-// --- products of a warpgroup ------------------------------------------------------------------------
+// --- products of a warpgroup ---
 
 // Rows of 128 bytes, swizzled in eights: groups of eight rows lie 1024 bytes apart.
 __device__ __forceinline__ uint64_t matrix_at(uint32_t address) {
@@ -167,33 +172,38 @@ __device__ __forceinline__ void hold(float (&c)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(c[i])::"memory");
 }
 
-// c (64 x N, float) = or += a (64 x 16) * b (16 x N), both in shared memory. With kTransposed their rows
-// run along the 64 and N elements, else along the 16.
-#define CONTACCUM_C8(c, i)                                                                      \
-  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]),  \
+// c (64 x N, float) = or += a (64 x 16) * b (16 x N), both in shared memory. With kTransposed their
+// rows run along the 64 and N elements, else along the 16.
+#define CONTACCUM_C8(c, i)                                                                    \
+  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), \
       "+f"(c[i + 6]), "+f"(c[i + 7])
 #define CONTACCUM_C32(c, i) \
   CONTACCUM_C8(c, i), CONTACCUM_C8(c, i + 8), CONTACCUM_C8(c, i + 16), CONTACCUM_C8(c, i + 24)
 // The names of 16 or 32 registers.
 #define CONTACCUM_HALF_R0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define CONTACCUM_R0 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "  \
+#define CONTACCUM_R0                                                                           \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+  "%20, "                                                                                      \
   "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define CONTACCUM_R32 \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, "  \
+#define CONTACCUM_R32                                                                          \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+  "%50, "                                                                                      \
   "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define CONTACCUM_R64 \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, "  \
+#define CONTACCUM_R64                                                                          \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
+  "%82, "                                                                                      \
   "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define CONTACCUM_R96 \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "     \
+#define CONTACCUM_R96                                                                            \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define CONTACCUM_PRODUCT(N, DTYPE, REGISTERS, A, B, ADD, TRANSPOSED)                           \
-  "{\n"                                                                                         \
-  ".reg .pred add;\n"                                                                           \
-  "setp.ne.b32 add, %" ADD ", 0;\n"                                                             \
-  "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." DTYPE "." DTYPE " {" REGISTERS "}, %" A       \
-  ", %" B ", add, 1, 1, %" TRANSPOSED ", %" TRANSPOSED ";\n"                                    \
+#define CONTACCUM_PRODUCT(N, DTYPE, REGISTERS, A, B, ADD, TRANSPOSED)                              \
+  "{\n"                                                                                            \
+  ".reg .pred add;\n"                                                                              \
+  "setp.ne.b32 add, %" ADD                                                                         \
+  ", 0;\n"                                                                                         \
+  "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." DTYPE "." DTYPE " {" REGISTERS "}, %" A ", %" B \
+  ", add, 1, 1, %" TRANSPOSED ", %" TRANSPOSED                                                     \
+  ";\n"                                                                                            \
   "}\n"
 
 template <class S, bool kTransposed>
@@ -221,34 +231,34 @@ __device__ __forceinline__ void product(float (&c)[32], uint64_t a, uint64_t b, 
 template <class S, bool kTransposed>
 __device__ __forceinline__ void product(float (&c)[2][32], uint64_t a, uint64_t b, int add) {
   if constexpr (std::is_same_v<S, Bf16>)
-    asm volatile(CONTACCUM_PRODUCT("128", "bf16", CONTACCUM_R0 ", " CONTACCUM_R32, "64", "65", "66",
-                                   "67")
-                 : CONTACCUM_C32(c[0], 0), CONTACCUM_C32(c[1], 0)
-                 : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
+    asm volatile(
+        CONTACCUM_PRODUCT("128", "bf16", CONTACCUM_R0 ", " CONTACCUM_R32, "64", "65", "66", "67")
+        : CONTACCUM_C32(c[0], 0), CONTACCUM_C32(c[1], 0)
+        : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
   else
-    asm volatile(CONTACCUM_PRODUCT("128", "f16", CONTACCUM_R0 ", " CONTACCUM_R32, "64", "65", "66",
-                                   "67")
-                 : CONTACCUM_C32(c[0], 0), CONTACCUM_C32(c[1], 0)
-                 : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
+    asm volatile(
+        CONTACCUM_PRODUCT("128", "f16", CONTACCUM_R0 ", " CONTACCUM_R32, "64", "65", "66", "67")
+        : CONTACCUM_C32(c[0], 0), CONTACCUM_C32(c[1], 0)
+        : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
 }
 template <class S, bool kTransposed>
 __device__ __forceinline__ void product(float (&c)[4][32], uint64_t a, uint64_t b, int add) {
   if constexpr (std::is_same_v<S, Bf16>)
-    asm volatile(CONTACCUM_PRODUCT("256", "bf16",
-                                   CONTACCUM_R0 ", " CONTACCUM_R32 ", " CONTACCUM_R64
-                                                ", " CONTACCUM_R96,
-                                   "128", "129", "130", "131")
-                 : CONTACCUM_C32(c[0], 0), CONTACCUM_C32(c[1], 0), CONTACCUM_C32(c[2], 0),
-                   CONTACCUM_C32(c[3], 0)
-                 : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
+    asm volatile(
+        CONTACCUM_PRODUCT("256", "bf16",
+                          CONTACCUM_R0 ", " CONTACCUM_R32 ", " CONTACCUM_R64 ", " CONTACCUM_R96,
+                          "128", "129", "130", "131")
+        : CONTACCUM_C32(c[0], 0), CONTACCUM_C32(c[1], 0), CONTACCUM_C32(c[2], 0),
+          CONTACCUM_C32(c[3], 0)
+        : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
   else
-    asm volatile(CONTACCUM_PRODUCT("256", "f16",
-                                   CONTACCUM_R0 ", " CONTACCUM_R32 ", " CONTACCUM_R64
-                                                ", " CONTACCUM_R96,
-                                   "128", "129", "130", "131")
-                 : CONTACCUM_C32(c[0], 0), CONTACCUM_C32(c[1], 0), CONTACCUM_C32(c[2], 0),
-                   CONTACCUM_C32(c[3], 0)
-                 : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
+    asm volatile(
+        CONTACCUM_PRODUCT("256", "f16",
+                          CONTACCUM_R0 ", " CONTACCUM_R32 ", " CONTACCUM_R64 ", " CONTACCUM_R96,
+                          "128", "129", "130", "131")
+        : CONTACCUM_C32(c[0], 0), CONTACCUM_C32(c[1], 0), CONTACCUM_C32(c[2], 0),
+          CONTACCUM_C32(c[3], 0)
+        : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
 }
 #undef CONTACCUM_C8
 #undef CONTACCUM_C32

@@ -29,7 +29,7 @@ __device__ Acc<S> sum_splits(const Args<S>& a, int splits, int row, int of, int 
   const int column = threadIdx.x % kSumColumns, group = threadIdx.x / kSumColumns;
   A sum = 0;
   if (k < a.d)
-#pragma unroll 4
+#pragma unroll 8  // loads in flight
     for (int s = group; s < splits; s += kSumLanes)
       sum += weight(s) * a.part_out[(int64_t(s) * of + row) * a.d + k];
   sums[group][column] = sum;
@@ -107,8 +107,8 @@ template <class S>
 __device__ void finish_column(const Args<S>& a, int column, int chunk, bool refused) {
   using A = Acc<S>;
   const int k = chunk * kSumColumns + threadIdx.x % kSumColumns;
-  const A sum = sum_splits(a, a.gradient_local + a.gradient_bank + a.gradient_extra, column, a.n * a.m,
-                           k, [](int) { return A(1); });
+  const A sum = sum_splits(a, a.gradient_local + a.gradient_bank + a.gradient_extra, column,
+                           a.n * a.m, k, [](int) { return A(1); });
   if (k >= a.d || threadIdx.x >= kSumColumns) return;
   const int row = column / a.m;
   const A own = column % a.m ? A(0)

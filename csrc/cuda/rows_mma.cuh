@@ -218,8 +218,8 @@ class BankedRowsMma {
       for (int i = threadIdx.x; i < run_count * T::kColumns; i += kThreads) {
         const int run = i / T::kColumns, c = i % T::kColumns;
         if (column + c < column_end)
-          sh.bias[run][c] = a.passage_bias[int64_t(sh.runs[run].mean - 1) * a.n * a.m + column + c] *
-                            kLn2;
+          sh.bias[run][c] =
+              a.passage_bias[int64_t(sh.runs[run].mean - 1) * a.n * a.m + column + c] * kLn2;
       }
       return;
     }

@@ -1,104 +1,23 @@
 // Banked rows x local columns on Hopper's tensor cores; what rows.cuh computes, for 16-bit banks of
 // d <= 1024.
 //
-// - A block takes 128 bank rows at a time and walks over all columns they meet: the local ones, then
-//   the slots that upkeep needs. It goes on to other rows while there are: what it copies runs ahead. Up to four tiles of 64 columns, which may lie anywhere, make one product. Rows
-//   and columns stream through shared memory by slices of 64 elements of d.
+// - A block takes 128 bank rows at a time and walks over all columns they meet: the local ones,
+// then
+//   the slots that upkeep needs. It goes on to other rows while there are: what it copies runs
+//   ahead. Up to four tiles of 64 columns, which may lie anywhere, make one product. Rows and
+//   columns stream through shared memory by slices of 64 elements of d.
 // - The two blocks of a cluster need the same columns: each fetches every other tile for both.
-// - A warpgroup has 64 rows. A thread carries the sums of two rows over its columns from one tile to
+// - A warpgroup has 64 rows. A thread carries the sums of two rows over its columns from one tile
+// to
 //   the next in registers; the four lanes of a row meet only where a range of columns ends.
 #pragma once
 
+#include "column_walk.cuh"
 #include "online_softmax.cuh"
 #include "ptx_sm90a.cuh"
-#include "ring.cuh"
-#include "tensor_map.h"
 #include "tile_config.cuh"
 
 namespace contaccum {
-
-// Up to 64 columns that one product covers.
-struct ColumnTile {
-  enum { piece, groups, rest } kind;
-  bool local;      // else of the bank
-  int begin, end;  // flat: slot * m + kind of passage
-  int row_end;     // piece: the batch rows before row_end are done with this tile, if it `ends`
-  bool ends;
-  int group, count;  // groups: the first, and how many
-};
-
-// The columns that the rows meet, in the order of csrc/cpu/plan.cpp: the parts of the batch that land
-// in one block of slots; groups of the block that head enters; groups of the block after it; the rest
-// of a group that head divides.
-template <class S>
-class ColumnWalk {
- public:
-  __device__ ColumnWalk(const Args<S>& args, const Ring<S>& r, bool upkeep_)
-      : a(args), ring(r), upkeep(upkeep_), per_tile(kBoxRows / (args.group * args.m)) {}
-
-  __device__ bool next() {
-    if (phase == 0) {
-      if (column >= piece_end * a.m && piece_end < a.n) {
-        const int to = ring.slot_of(piece_end);
-        const int room = ring.block_end(to / a.block) - to;
-        piece_end = upkeep ? min(a.n, piece_end + room) : a.n;
-      }
-      if (column < piece_end * a.m) {
-        const int end = min(column + kBoxRows, piece_end * a.m);
-        tile = {ColumnTile::piece, true, column, end, piece_end, end == piece_end * a.m, 0, 0};
-        column = end;
-        return true;
-      }
-      if (!upkeep) return false;
-      const Ring<S> after = ring.after();
-      const bool crosses = ring.crosses();
-      phase = 1;
-      if (crosses)
-        set_groups(after.block(),
-                   max(after.first_old(), ring.next_block() == after.block() ? ring.passed_groups() : 0),
-                   a.groups);
-    }
-    while (phase < 3) {
-      if (group < group_end) {
-        const int count = min(per_tile, group_end - group), from = block * a.block;
-        const int begin = from + group * a.group;
-        const int end = max(begin, min(from + (group + count) * a.group, limit));
-        tile = {ColumnTile::groups, false, begin * a.m, end * a.m, 0, false, group, count};
-        group += count;
-        return true;
-      }
-      const Ring<S> after = ring.after();
-      if (++phase == 2)
-        set_groups(after.next_block(), ring.crosses() ? 0 : ring.passed_groups(),
-                   after.passed_groups());
-    }
-    if (phase++ > 3) return false;
-    const Ring<S> after = ring.after();
-    const int passed = after.passed_groups(), current = after.block();
-    const int end = min(current * a.block + (passed + 1) * a.group,
-                        min(ring.block_end(current), ring.fill));
-    if (passed == after.first_old() || after.head >= end) return false;
-    tile = {ColumnTile::rest, false, after.head * a.m, end * a.m, 0, true, 0, 0};
-    return true;
-  }
-
-  ColumnTile tile;
-
- private:
-  __device__ void set_groups(int b, int begin, int end) {
-    block = b;
-    group = begin;
-    group_end = end;
-    limit = min(ring.block_end(b), ring.fill);
-  }
-
-  const Args<S>& a;
-  const Ring<S>& ring;
-  const bool upkeep;
-  const int per_tile;  // groups
-  int phase = 0, column = 0, piece_end = 0;
-  int block = 0, group = 0, group_end = 0, limit = 0;
-};
 
 struct RowsMaps {
   CUtensorMap rows, local_columns, banked_columns;
@@ -144,8 +63,8 @@ class BankedRowsHopper {
   using Shared = RowsShared<T>;
 
  public:
-  __device__ BankedRowsHopper(const Args<S>& args, const Ring<S>& r, const RowsMaps& maps_, char* raw,
-                              bool upkeep_)
+  __device__ BankedRowsHopper(const Args<S>& args, const Ring<S>& r, const RowsMaps& maps_,
+                              char* raw, bool upkeep_)
       : a(args),
         ring(r),
         maps(maps_),
@@ -179,11 +98,6 @@ class BankedRowsHopper {
   }
 
  private:
-  template <class V>
-  __device__ static uint32_t at(const V& variable) {
-    return shared_address(&variable);
-  }
-
   // The two blocks of a cluster take neighbouring rows, and the same number of them.
   __device__ int first_rows() const { return int(blockIdx.x) * 2 * kBoxRows; }
   __device__ int rows_step() const { return int(gridDim.x) * 2 * kBoxRows; }
@@ -192,7 +106,7 @@ class BankedRowsHopper {
     return (pairs * 2 - 1 + rank) * 2 * kBoxRows;
   }
 
-  // --- one thread: rows and columns from global memory ----------------------------------------------
+  // --- one thread: rows and columns from global memory ---
 
   __device__ void copy() {
     int done = 0;
@@ -226,12 +140,12 @@ class BankedRowsHopper {
         for (int q = 0; q < T::kTiles; ++q)
           if (q < tiles && q % 2 == rank)
             copy_box_to(3, shared_address(sh.columns[stage][q]), map[q], s * kBoxColumns, 0,
-                             begin[q], full);
+                        begin[q], full);
       }
     }
   }
 
-  // --- two warpgroups: scores, log-sum-exps -----------------------------------------------------------
+  // --- two warpgroups: scores, log-sum-exps ---
 
   // What a thread keeps of its two rows.
   struct Rows {

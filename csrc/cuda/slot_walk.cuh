@@ -24,6 +24,21 @@ struct SlotTile {
   bool local, in_loss, for_table;
 };
 
+// What the first lane of a warp has.
+__device__ __forceinline__ SlotTile from_first_lane(SlotTile t) {
+  const auto spread = [](int x) { return __shfl_sync(0xffffffffu, x, 0); };
+  const int flags = spread(int(t.local) | int(t.in_loss) << 1 | int(t.for_table) << 2);
+  t.slot = spread(t.slot);
+  t.count = spread(t.count);
+  t.kind = spread(t.kind);
+  t.mean = spread(t.mean);
+  t.unit = spread(t.unit);
+  t.local = flags & 1;
+  t.in_loss = flags & 2;
+  t.for_table = flags & 4;
+  return t;
+}
+
 template <class S, bool kQuerySide>
 class SlotWalk {
  public:

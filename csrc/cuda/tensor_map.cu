@@ -1,6 +1,6 @@
-#include "tensor_map.h"
-
 #include <cuda_runtime.h>
+
+#include "tensor_map.h"
 
 namespace contaccum {
 

@@ -93,7 +93,8 @@ struct HopperTile {
   static constexpr int kScoreRegisters = 512 - 2 * kSumRegisters - kCopyRegisters;
 };
 
-// Banked rows on Hopper: 128 rows by kTiles * 64 columns, of which four are 128 registers of scores.
+// Banked rows on Hopper: 128 rows by kTiles * 64 columns, of which four are 128 registers of
+// scores.
 template <int kTiles_, int kStages_>
 struct HopperRowsTile {
   static constexpr int kTiles = kTiles_, kStages = kStages_;  // 192 KiB of slices in flight

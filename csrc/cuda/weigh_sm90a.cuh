@@ -1,10 +1,10 @@
 // The scoring warpgroup of attend_sm90a.cuh.
-//
 // - Scores of a tile of bank vectors come as products; with two blocks to a vector, the blocks
 //   exchange their shares. Those of the next tile are under way meanwhile.
-// - Query side: weights are 2^(score - reference), one reference a local vector. It is raised only when
-//   a score exceeds it by 2^kRoom, which after the first tiles is rare: until then no thread needs to
-//   know another's scores.
+// - Query side: weights are 2^(score - reference), one reference a local vector. It is raised only
+// when
+//   a score exceeds it by 2^kRoom, which after the first tiles is rare: until then no thread needs
+//   to know another's scores.
 // - A thread has two bank vectors and 16 local ones, in the order in which products leave scores:
 //   [4 j + 2 h + e] is bank vector my_row() + 8 h, local my_local(j) + e.
 #pragma once
@@ -60,15 +60,16 @@ class WeighHopper {
       send_scores(0, s);
     }
     int i = 0;
-    // Behind the last tile the products run once more, on that tile, and are not used: products that
-    // are under way on some paths only would be serialised.
+    // Behind the last tile the products run once more, on that tile, and are not used: products
+    // that are under way on some paths only would be serialised.
 #pragma unroll 1
     for (; more; ++i) {
-      const Needed needed = ask(i);
+      const SlotTile t = tile(i);
+      const Needed needed = ask(t);
       more = wait_tile(i + 1);
       start_scores(more ? i + 1 : i, ahead);
       receive_scores(i, s);
-      weigh(i, needed, s);
+      weigh(i, t, needed, s);
       end_scores(ahead);
 #pragma unroll
       for (int x = 0; x < kScores; ++x) s[x] = ahead[x];
@@ -77,7 +78,7 @@ class WeighHopper {
     claim(i);
     if (thread == 0) sh.order[i % 2] = Order::stop;
     __syncwarp();
-    if (lane == 0) barrier_arrive(at(sh.weights_full[i % 2]));
+    if (lane < 4) barrier_arrive(at(sh.weights_full[i % 2]));
     if (kQuerySide) {
       close_units(last_unit);
       store_sums();
@@ -85,10 +86,6 @@ class WeighHopper {
   }
 
  private:
-  template <class V>
-  __device__ __forceinline__ static uint32_t at(const V& variable) {
-    return shared_address(&variable);
-  }
   __device__ __forceinline__ void sync() const { named_sync<T::kGroup>(1); }
   __device__ __forceinline__ bool use_offsets() const {
     return kQuerySide ? kSide == Side::queries_with_offsets : a.use_offsets;
@@ -96,7 +93,7 @@ class WeighHopper {
   __device__ __forceinline__ int my_row() const { return warp * 16 + lane / 4; }
   __device__ __forceinline__ int my_local(int j) const { return 8 * j + lane % 4 * 2; }
 
-  // --- scores -----------------------------------------------------------------------------------------
+  // --- scores ---
 
   // What weighing a tile needs from global memory, asked for before its scores are there.
   struct Needed {
@@ -105,24 +102,26 @@ class WeighHopper {
     float bias;     // of local vector `thread`
   };
 
-  __device__ __forceinline__ const SlotTile& tile(int i) const { return sh.slots[i % T::kStages]; }
+  // Read by the lane that also arrives at the barriers behind which the next tile is written.
+  __device__ __forceinline__ SlotTile tile(int i) const {
+    return from_first_lane(lane == 0 ? sh.slots[i % T::kStages] : SlotTile{});
+  }
 
   // False if there is no tile i.
   __device__ __forceinline__ bool wait_tile(int i) const {
     barrier_wait(at(sh.full[i % T::kStages]), i / T::kStages & 1);
-    return __any_sync(0xffffffffu, tile(i).count > 0);
+    return __any_sync(0xffffffffu, lane == 0 && sh.slots[i % T::kStages].count > 0);
   }
 
-  __device__ __forceinline__ Needed ask(int i) const {
-    const SlotTile& t = tile(i);
+  __device__ __forceinline__ Needed ask(const SlotTile& t) const {
     Needed p;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = min(my_row() + 8 * h, t.count - 1);
       if constexpr (!kQuerySide) p.lse[h] = (t.local ? a.local_lse : a.row_lse)[t.slot + r];
       if (a.masked())
-        p.id[h] = (t.local ? a.local_ids : a.ids)[int64_t(t.slot + r) * a.m +
-                                                  (kQuerySide ? t.kind : 0)];
+        p.id[h] =
+            (t.local ? a.local_ids : a.ids)[int64_t(t.slot + r) * a.m + (kQuerySide ? t.kind : 0)];
     }
     if (use_offsets() && t.mean >= 0 && thread < T::kLocal) {
       const int64_t row = kQuerySide ? int64_t(t.mean - 1) * a.m + t.kind : t.mean - 1;
@@ -151,8 +150,7 @@ class WeighHopper {
     products_wait<0>();
     hold(s);
   }
-
-  // To the thread of the same place in the other block; the sums are the same bits in both.
+  // To the thread of the same place in the other block: the sums are the same bits in both.
   __device__ __forceinline__ void send_scores(int i, const float (&s)[kScores]) {
     if constexpr (T::kCluster == 2) {
       if (i > 0) barrier_wait(at(sh.partial_empty), (i - 1) & 1);
@@ -180,7 +178,7 @@ class WeighHopper {
     }
   }
 
-  // --- weights ----------------------------------------------------------------------------------------
+  // --- weights ---
 
   // The buffer of weights that tile i will fill.
   __device__ __forceinline__ void claim(int i) {
@@ -188,8 +186,8 @@ class WeighHopper {
   }
 
   // Tile i: scores to weights, into the buffer that the summing warps read next.
-  __device__ __forceinline__ void weigh(int i, const Needed& p, float (&s)[kScores]) {
-    const SlotTile t = tile(i);
+  __device__ __forceinline__ void weigh(int i, const SlotTile& t, const Needed& p,
+                                        float (&s)[kScores]) {
     const int buffer = i % 2;
     const bool biased = use_offsets() && t.mean >= 0;
     bool raised = false;
@@ -197,22 +195,32 @@ class WeighHopper {
     claim(i);
     if (kQuerySide && __any_sync(0xffffffffu, t.unit != unit)) close_units(t.unit);
     if (a.masked() || __any_sync(0xffffffffu, t.local || t.count < kBoxRows)) leave_out(t, p, s);
-    if (kQuerySide && use_offsets() && t.for_table) {  // the table is without offsets
-      raise<1>(s, scale, w, buffer);
-      accumulate(w, unit_sum);
-    }
-    if (biased) {
-      add_bias(p, s, scale);
-      scale = 1;
-    }
-    if constexpr (kQuerySide) {
+    if (biased) share_bias(p);
+    if constexpr (kSide == Side::queries) {
       raised = raise<0>(s, scale, w, buffer);
-      if (!use_offsets())
-        accumulate(w, unit_sum);
-      else if (t.in_loss)
-        accumulate(w, biased_sum);
+      accumulate(w, unit_sum);
       unit_in_loss = t.in_loss;
+    } else if constexpr (kSide == Side::queries_with_offsets) {
+      // The table is without offsets, but mostly its sums follow from those of the loss.
+      bool table_apart = t.for_table && (!t.in_loss || is_far(biased));
+#pragma unroll 1
+      for (;;) {
+        if (table_apart) {
+          raise<1>(s, scale, w, buffer);
+          accumulate(w, unit_sum);
+        }
+        if (biased) add_bias(s, scale, 1.f);
+        if (biased) scale = 1;
+        raised |= raise<0>(s, scale, w, buffer);
+        if (!t.for_table || table_apart || !raised || !is_far(biased)) break;
+        if (biased) add_bias(s, scale, -1.f);
+        table_apart = true;
+      }
+      if (t.in_loss) accumulate(w, biased_sum);
+      if (t.for_table && !table_apart) accumulate_table(w, biased);
     } else {
+      if (biased) add_bias(s, scale, 1.f);
+      if (biased) scale = 1;
       const float top[2] = {p.lse[0] * kLog2e - kShift, p.lse[1] * kLog2e - kShift};
 #pragma unroll
       for (int x = 0; x < kScores; ++x) w[x] = exp2_(s[x] * scale - top[x / 2 % 2]);
@@ -226,20 +234,44 @@ class WeighHopper {
                                                     : Order::add;
     fence_for_products();
     __syncwarp();
-    if (lane == 0) barrier_arrive(at(sh.weights_full[buffer]));
+    if (lane < 4) barrier_arrive(at(sh.weights_full[buffer]));  // those that may have set `shrink`
   }
 
-  __device__ __forceinline__ void add_bias(const Needed& p, float (&s)[kScores], float scale) {
+  __device__ __forceinline__ void share_bias(const Needed& p) {
     sync();  // the bias of the tile before has been read
     if (thread < T::kLocal) sh.bias[thread] = p.bias;
     sync();
+  }
+  // A tile has one offset, so a local vector's weights with and without it differ by a factor.
+  // Whether that is so far from 1 for some that weights without an offset need exponentials of
+  // their own.
+  __device__ __forceinline__ bool is_far(bool biased) const {
+    constexpr float kSafe = 32;
+    bool far = false;
+    if (thread < T::kLocal)  // far, too, where a reference is still -inf
+      far = !(fabsf(sh.reference[0][thread] - (biased ? sh.bias[thread] : 0.f) -
+                    sh.reference[1][thread]) < kSafe);
+    return named_any<T::kGroup>(1, far);
+  }
+  __device__ __forceinline__ void accumulate_table(const float (&w)[kScores], bool biased) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int l = my_local(j) + e;
+        const float apart = sh.reference[0][l] - (biased ? sh.bias[l] : 0.f) - sh.reference[1][l];
+        unit_sum[2 * j + e] += (w[4 * j + e] + w[4 * j + 2 + e]) * exp2_(apart);
+      }
+  }
+
+  __device__ __forceinline__ void add_bias(float (&s)[kScores], float scale, float sign) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const float2 b = *reinterpret_cast<const float2*>(&sh.bias[my_local(j)]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        s[4 * j + 2 * h] = s[4 * j + 2 * h] * scale + b.x;
-        s[4 * j + 2 * h + 1] = s[4 * j + 2 * h + 1] * scale + b.y;
+        s[4 * j + 2 * h] = s[4 * j + 2 * h] * scale + sign * b.x;
+        s[4 * j + 2 * h + 1] = s[4 * j + 2 * h + 1] * scale + sign * b.y;
       }
     }
   }
@@ -306,8 +338,8 @@ class WeighHopper {
       }
     }
   }
-  // Weights w. True if the references had to be raised, with all sums that hang on them: some weight
-  // was too large. Without offsets the loss and the table share the references of the loss.
+  // Weights w. True if the references had to be raised, with all sums that hang on them: some
+  // weight was too large. Without offsets the loss and the table share the references of the loss.
   template <int which>
   __device__ __forceinline__ bool raise(const float (&s)[kScores], float scale, float (&w)[kScores],
                                         int buffer) {
@@ -385,7 +417,7 @@ class WeighHopper {
     }
   }
 
-  // --- sums -------------------------------------------------------------------------------------------
+  // --- sums ---
 
   // Sums over all bank vectors; the first threads get that of local vector `thread`.
   __device__ __forceinline__ float sum_columns(const float (&mine)[kMine]) {
@@ -422,8 +454,7 @@ class WeighHopper {
       const float lse = whole == 0 ? minus_infinity<float>() : (top + log2f(whole)) * kLn2;
       for (int u = max(unit, first_unit); u < end; ++u)
         if (stores())
-          a.unit_lse[int64_t(u) * a.n + first + thread] =
-              u == unit ? lse : minus_infinity<float>();
+          a.unit_lse[int64_t(u) * a.n + first + thread] = u == unit ? lse : minus_infinity<float>();
     }
 #pragma unroll
     for (int x = 0; x < kMine; ++x) unit_sum[x] = 0;
@@ -460,7 +491,8 @@ class WeighHopper {
   const int thread, lane, warp;  // of the warpgroup
   int first_unit = 0, last_unit = 0, unit = 0;
   bool unit_in_loss = false;
-  // By local vector, over the thread's bank vectors: of the unit, without offsets; of all, with them.
+  // By local vector, over the thread's bank vectors: of the unit, without offsets; of all, with
+  // them.
   float unit_sum[kMine] = {}, biased_sum[kMine] = {};
   float loss_sum = 0;  // of local vector `thread`, over all bank vectors
 };
