@@ -146,6 +146,7 @@ def run(options: StepOptions, device: Device) -> StepResult:
         except Exception as error:
             one.note = told(error)
     for turn in range(options.rounds):
+        say(f"round {turn + 1} of {options.rounds}")
         first = turn % max(1, len(ready))
         for one, call in ready[first:] + ready[:first]:
             elapsed, issued = device.burst(call, options.steps)

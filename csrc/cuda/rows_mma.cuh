@@ -1,8 +1,8 @@
 // Banked rows x local columns on tensor cores; what rows.cuh computes, for 16-bit banks.
 //
-// - A thread block owns 128 rows and walks over all columns they meet, 64 at a time: the local
-// ones,
-//   then the slots that upkeep needs. Rows and columns stream through shared memory by slices of d.
+// - A thread block owns 128 rows and walks over all columns they meet, 64 or 128 at a time: the
+//   local ones and the slots that upkeep needs. Rows and columns stream through shared memory by
+//   slices of d.
 // - Two threads a row read the tile of scores and carry the row's sums from tile to tile, so pieces
 //   and groups may begin and end anywhere.
 // - Offsets: the rows of a block lie in a few runs of slots; each run has one bias a column.

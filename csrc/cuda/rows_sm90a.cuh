@@ -1,15 +1,13 @@
 // Banked rows x local columns on Hopper's tensor cores; what rows.cuh computes, for 16-bit banks of
 // d <= 1024.
 //
-// - A block takes 128 bank rows at a time and walks over all columns they meet: the local ones,
-// then
+// - A block takes 128 bank rows at a time and walks over all columns they meet: the local ones and
 //   the slots that upkeep needs. It goes on to other rows while there are: what it copies runs
 //   ahead. Up to four tiles of 64 columns, which may lie anywhere, make one product. Rows and
 //   columns stream through shared memory by slices of 64 elements of d.
 // - The two blocks of a cluster need the same columns: each fetches every other tile for both.
-// - A warpgroup has 64 rows. A thread carries the sums of two rows over its columns from one tile
-// to
-//   the next in registers; the four lanes of a row meet only where a range of columns ends.
+// - A warpgroup has 64 rows. A thread carries the sums of two rows over its columns in registers,
+//   from tile to tile; the four lanes of a row meet only where a range of columns ends.
 #pragma once
 
 #include "column_walk.cuh"

@@ -2,9 +2,8 @@
 // - Scores of a tile of bank vectors come as products; with two blocks to a vector, the blocks
 //   exchange their shares. Those of the next tile are under way meanwhile.
 // - Query side: weights are 2^(score - reference), one reference a local vector. It is raised only
-// when
-//   a score exceeds it by 2^kRoom, which after the first tiles is rare: until then no thread needs
-//   to know another's scores.
+//   where a weight would exceed 2^kRoom, which after the first tiles is rare: until then no thread
+//   needs to know another's scores.
 // - A thread has two bank vectors and 16 local ones, in the order in which products leave scores:
 //   [4 j + 2 h + e] is bank vector my_row() + 8 h, local my_local(j) + e.
 #pragma once
