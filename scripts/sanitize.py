@@ -44,6 +44,7 @@ def run(capacity, d, m, n, dtype, drift, steps, with_ids) -> None:
 
 
 def main() -> None:
+    """All histories, and a loss without a bank."""
     for history in HISTORIES:
         run(*history)
     queries = torch.randn(80, 384, device="cuda", dtype=torch.bfloat16, requires_grad=True)
