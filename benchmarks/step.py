@@ -40,7 +40,7 @@ class StepOptions:
     dtype: str = "bf16"  # of the banks
     drift: str = "none"
     rounds: int = 12  # in each, all variants have a turn
-    steps: int = 8  # of a turn
+    steps: int = 5  # of a turn
 
     def case(self, slots: int) -> Case:
         return Case(slots, self.n, self.hidden, self.m, self.dtype, self.drift)
@@ -124,7 +124,8 @@ def targets(result: StepResult) -> list[Target]:
 def run(options: StepOptions, device: Device) -> StepResult:
     """Build everything, then time all variants in turns, then their peak memory."""
     torch.manual_seed(0)
-    towers = Towers(options).to(device.name).train()
+    with torch.device(device.name):  # drawing 220 million weights on the host takes longer than a run
+        towers = Towers(options).train()
     inputs = _Inputs(options, device.name)
     result = StepResult(options, _variants(options, device))
     result.parameters = sum(p.numel() for p in towers.parameters())
