@@ -124,7 +124,7 @@ def targets(result: StepResult) -> list[Target]:
 def run(options: StepOptions, device: Device) -> StepResult:
     """Build everything, then time all variants in turns, then their peak memory."""
     torch.manual_seed(0)
-    with torch.device(device.name):  # drawing 220 million weights on the host takes longer than a run
+    with torch.device(device.name):  # drawing weights on the host takes longer than the run
         towers = Towers(options).train()
     inputs = _Inputs(options, device.name)
     result = StepResult(options, _variants(options, device))
