@@ -3,6 +3,8 @@
 
 #include <math_constants.h>
 
+#include "ptx_exp2.cuh"
+
 namespace contaccum {
 
 __device__ __forceinline__ float exp_(float x) { return expf(x); }
@@ -13,13 +15,6 @@ __device__ __forceinline__ float expm1_(float x) { return expm1f(x); }
 __device__ __forceinline__ double expm1_(double x) { return expm1(x); }
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
-// 2^x within 2^-22; zero below the smallest normal number.
-__device__ __forceinline__ float exp2_(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 template <class A>
 __device__ __forceinline__ A minus_infinity() {

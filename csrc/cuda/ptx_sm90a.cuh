@@ -179,8 +179,7 @@ __device__ __forceinline__ void hold(float (&c)[N]) {
       "+f"(c[i + 6]), "+f"(c[i + 7])
 #define CONTACCUM_C32(c, i) \
   CONTACCUM_C8(c, i), CONTACCUM_C8(c, i + 8), CONTACCUM_C8(c, i + 16), CONTACCUM_C8(c, i + 24)
-// The names of 16 or 32 registers.
-#define CONTACCUM_HALF_R0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+// The names of 32 registers.
 #define CONTACCUM_R0                                                                           \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
   "%20, "                                                                                      \
@@ -206,63 +205,29 @@ __device__ __forceinline__ void hold(float (&c)[N]) {
   ";\n"                                                                                            \
   "}\n"
 
-template <class S, bool kTransposed>
-__device__ __forceinline__ void product(float (&c)[16], uint64_t a, uint64_t b, int add) {
-  if constexpr (std::is_same_v<S, Bf16>)
-    asm volatile(CONTACCUM_PRODUCT("32", "bf16", CONTACCUM_HALF_R0, "16", "17", "18", "19")
-                 : CONTACCUM_C8(c, 0), CONTACCUM_C8(c, 8)
-                 : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
-  else
-    asm volatile(CONTACCUM_PRODUCT("32", "f16", CONTACCUM_HALF_R0, "16", "17", "18", "19")
-                 : CONTACCUM_C8(c, 0), CONTACCUM_C8(c, 8)
-                 : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
-}
-template <class S, bool kTransposed>
-__device__ __forceinline__ void product(float (&c)[32], uint64_t a, uint64_t b, int add) {
-  if constexpr (std::is_same_v<S, Bf16>)
-    asm volatile(CONTACCUM_PRODUCT("64", "bf16", CONTACCUM_R0, "32", "33", "34", "35")
-                 : CONTACCUM_C32(c, 0)
-                 : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
-  else
-    asm volatile(CONTACCUM_PRODUCT("64", "f16", CONTACCUM_R0, "32", "33", "34", "35")
-                 : CONTACCUM_C32(c, 0)
-                 : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
-}
-template <class S, bool kTransposed>
-__device__ __forceinline__ void product(float (&c)[2][32], uint64_t a, uint64_t b, int add) {
-  if constexpr (std::is_same_v<S, Bf16>)
-    asm volatile(
-        CONTACCUM_PRODUCT("128", "bf16", CONTACCUM_R0 ", " CONTACCUM_R32, "64", "65", "66", "67")
-        : CONTACCUM_C32(c[0], 0), CONTACCUM_C32(c[1], 0)
-        : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
-  else
-    asm volatile(
-        CONTACCUM_PRODUCT("128", "f16", CONTACCUM_R0 ", " CONTACCUM_R32, "64", "65", "66", "67")
-        : CONTACCUM_C32(c[0], 0), CONTACCUM_C32(c[1], 0)
-        : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
-}
-template <class S, bool kTransposed>
-__device__ __forceinline__ void product(float (&c)[4][32], uint64_t a, uint64_t b, int add) {
-  if constexpr (std::is_same_v<S, Bf16>)
-    asm volatile(
-        CONTACCUM_PRODUCT("256", "bf16",
-                          CONTACCUM_R0 ", " CONTACCUM_R32 ", " CONTACCUM_R64 ", " CONTACCUM_R96,
-                          "128", "129", "130", "131")
-        : CONTACCUM_C32(c[0], 0), CONTACCUM_C32(c[1], 0), CONTACCUM_C32(c[2], 0),
-          CONTACCUM_C32(c[3], 0)
-        : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
-  else
-    asm volatile(
-        CONTACCUM_PRODUCT("256", "f16",
-                          CONTACCUM_R0 ", " CONTACCUM_R32 ", " CONTACCUM_R64 ", " CONTACCUM_R96,
-                          "128", "129", "130", "131")
-        : CONTACCUM_C32(c[0], 0), CONTACCUM_C32(c[1], 0), CONTACCUM_C32(c[2], 0),
-          CONTACCUM_C32(c[3], 0)
-        : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));
-}
+// An overload by the shape of c. A, B, ADD and TRANSPOSED: numbers of the operands behind c's.
+#define CONTACCUM_PRODUCT_OVERLOAD(SHAPE, N, REGISTERS, A, B, ADD, TRANSPOSED, ...)           \
+  template <class S, bool kTransposed>                                                        \
+  __device__ __forceinline__ void product(float(&c) SHAPE, uint64_t a, uint64_t b, int add) { \
+    if constexpr (std::is_same_v<S, Bf16>)                                                    \
+      asm volatile(CONTACCUM_PRODUCT(N, "bf16", REGISTERS, A, B, ADD, TRANSPOSED)             \
+                   : __VA_ARGS__                                                              \
+                   : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));                        \
+    else                                                                                      \
+      asm volatile(CONTACCUM_PRODUCT(N, "f16", REGISTERS, A, B, ADD, TRANSPOSED)              \
+                   : __VA_ARGS__                                                              \
+                   : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));                        \
+  }
+CONTACCUM_PRODUCT_OVERLOAD([32], "64", CONTACCUM_R0, "32", "33", "34", "35", CONTACCUM_C32(c, 0))
+CONTACCUM_PRODUCT_OVERLOAD([2][32], "128", CONTACCUM_R0 ", " CONTACCUM_R32, "64", "65", "66", "67",
+                           CONTACCUM_C32(c[0], 0), CONTACCUM_C32(c[1], 0))
+CONTACCUM_PRODUCT_OVERLOAD([4][32], "256",
+                           CONTACCUM_R0 ", " CONTACCUM_R32 ", " CONTACCUM_R64 ", " CONTACCUM_R96,
+                           "128", "129", "130", "131", CONTACCUM_C32(c[0], 0),
+                           CONTACCUM_C32(c[1], 0), CONTACCUM_C32(c[2], 0), CONTACCUM_C32(c[3], 0))
+#undef CONTACCUM_PRODUCT_OVERLOAD
 #undef CONTACCUM_C8
 #undef CONTACCUM_C32
-#undef CONTACCUM_HALF_R0
 #undef CONTACCUM_R0
 #undef CONTACCUM_R32
 #undef CONTACCUM_R64
