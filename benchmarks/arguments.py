@@ -1,8 +1,11 @@
-"""Types of command-line arguments."""
+"""Types of command-line arguments, and those that several commands have."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from benchmarks.report import RESULTS
 
 
 def sizes(text: str) -> tuple[int, ...]:
@@ -30,3 +33,13 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)
+
+
+def add_out(parser) -> None:
+    """--out, for a parser or a group of one."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS,
+        help="directory of the results; default benchmarks/results",
+    )

@@ -8,9 +8,8 @@ from benchmarks.cases import MIB
 from benchmarks.cuda_op import CudaMeasured, CudaResult
 from benchmarks.op import Target
 from benchmarks.peers import OURS
-from benchmarks.report import number, table
+from benchmarks.report import VERDICTS, number, table, what_is_compared
 
-_VERDICTS = {True: "met", False: "MISSED", None: "not measured"}
 _METHOD = """\
 `ms` is the median, p20 and p80 of eager steps (loss, both gradients, enqueue, called from Python):
 CUDA events around bursts of up to 64 steps back to back, divided by their number, so whichever of
@@ -127,7 +126,7 @@ def compose(header: dict[str, str], result: CudaResult) -> str:
         "## How it was measured\n\n" + _METHOD,
         _ceilings(result),
         *(_case(named.label, result) for named in result.options.cases),
-        _peers(result),
+        what_is_compared(result.options.peers),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -158,7 +157,7 @@ def _times_ours(one: CudaMeasured | None, ours: CudaMeasured) -> str:
 
 def _targets(result: CudaResult) -> str:
     lines = [
-        [target.text, number(target.value), _VERDICTS[target.passed]] for target in targets(result)
+        [target.text, number(target.value), VERDICTS[target.passed]] for target in targets(result)
     ]
     return table(["target", "ms", "verdict"], lines) if lines else ""
 
@@ -209,11 +208,3 @@ def _case(label: str, result: CudaResult) -> str:
     text = f"Floor {number(first.floor_ms, 4)} ms; in rotation {banks}"
     text += f" of {number(first.bank_mib)} MiB."
     return title + "\n\n" + text + "\n\n" + table(head, lines)
-
-
-def _peers(result: CudaResult) -> str:
-    lines = []
-    for peer in result.options.peers:
-        lacks = f" It lacks {peer.lacks}." if peer.lacks else ""
-        lines.append(f"- **{peer.name}**: {peer.what}.{lacks}")
-    return "## What is compared\n\n" + "\n".join(lines)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import cuda_cases, cuda_op, cuda_page, op, op_page, report
-from benchmarks.arguments import names, positive, sizes
+from benchmarks.arguments import add_out, names, positive, sizes
 from benchmarks.cases import DTYPES, Case
 from benchmarks.cuda_peers import CUDA_PEERS, PACKAGES
 from benchmarks.device import open_device
@@ -62,12 +62,7 @@ def add(commands) -> None:
     case.add_argument("--threads", type=positive, default=None, help="cpu; default: all cores")
     _add_how(parser)
     out = parser.add_argument_group("results")
-    out.add_argument(
-        "--out",
-        type=Path,
-        default=report.RESULTS,
-        help="directory of the results; default benchmarks/results",
-    )
+    add_out(out)
     out.add_argument("--plot", action="store_true", help="also draw the sweep (needs matplotlib)")
     out.add_argument("--check", action="store_true", help="exit with 1 if a target is not met")
     parser.set_defaults(run=_run, error=parser.error)

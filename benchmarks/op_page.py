@@ -6,7 +6,7 @@ from benchmarks.cases import MIB
 from benchmarks.lap import LapResult
 from benchmarks.op import Measured, OpResult, linearity, targets
 from benchmarks.peers import FULL_MATRIX, LINEAR_TORCH, OURS
-from benchmarks.report import last_level_cache_bytes, number, table
+from benchmarks.report import last_level_cache_bytes, number, table, what_is_compared
 
 
 def compose(header: dict[str, str], result: OpResult) -> str:
@@ -25,7 +25,8 @@ def compose(header: dict[str, str], result: OpResult) -> str:
     ]
     if result.options.memory:
         parts.append(_memory(result))
-    parts += [_linearity(result), _lap(result.lap), _peers(result), _ceilings(result)]
+    peers = what_is_compared(result.options.peers)
+    parts += [_linearity(result), _lap(result.lap), peers, _ceilings(result)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -176,14 +177,6 @@ def _lap(lap: LapResult | None) -> str:
     )
     head = ["of one lap", "ms", "/ median"]
     return "## No step is slow\n\n" + text + "\n\n" + table(head, lines)
-
-
-def _peers(result: OpResult) -> str:
-    lines = []
-    for peer in result.options.peers:
-        lacks = f" It lacks {peer.lacks}." if peer.lacks else ""
-        lines.append(f"- **{peer.name}**: {peer.what}.{lacks}")
-    return "## What is compared\n\n" + "\n".join(lines)
 
 
 def _ceilings(result: OpResult) -> str:

@@ -17,8 +17,10 @@ import torch
 import contaccum_ext
 from benchmarks.cases import MIB, Case
 from benchmarks.op import Measured
+from benchmarks.peers import Peer
 
 RESULTS = Path(__file__).parent / "results"
+VERDICTS = {True: "met", False: "MISSED", None: "not measured"}  # of a target
 
 
 @dataclass(frozen=True)
@@ -191,3 +193,12 @@ def table(head: list[str], lines: list[list[str]]) -> str:
         for line in [head, rule, *lines]
     ]
     return "\n".join("| " + " | ".join(line) + " |" for line in padded)
+
+
+def what_is_compared(peers: Sequence[Peer]) -> str:
+    """Markdown: a section that says what each peer is and what it lacks."""
+    lines = []
+    for peer in peers:
+        lacks = f" It lacks {peer.lacks}." if peer.lacks else ""
+        lines.append(f"- **{peer.name}**: {peer.what}.{lacks}")
+    return "## What is compared\n\n" + "\n".join(lines)

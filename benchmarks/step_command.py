@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from benchmarks import report, step, step_page
-from benchmarks.arguments import banks, positive
+from benchmarks.arguments import add_out, banks, positive
 from benchmarks.cases import DTYPES
 from benchmarks.device import open_device
 from benchmarks.op import say
@@ -51,12 +50,7 @@ def add(commands) -> None:
     parser.add_argument(
         "--drift", choices=("none", "mean"), default="none", help="ours only; default none"
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=report.RESULTS,
-        help="directory of the results; default benchmarks/results",
-    )
+    add_out(parser)
     parser.add_argument("--check", action="store_true", help="exit with 1 if the target is not met")
     parser.set_defaults(run=_run)
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.cases import MIB, TEMPERATURE
-from benchmarks.report import number, table
+from benchmarks.report import VERDICTS, number, table
 from benchmarks.step import OFFICIAL, OURS, StepOptions, StepResult, Variant, added, targets
-
-_VERDICTS = {True: "met", False: "MISSED", None: "not measured"}
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,7 @@ def compose(header: dict[str, str], result: StepResult) -> str:
 def summary(result: StepResult) -> str:
     """Targets and the table."""
     verdicts = [
-        [target.text, _percent(target.value), _VERDICTS[target.passed]]
-        for target in targets(result)
+        [target.text, _percent(target.value), VERDICTS[target.passed]] for target in targets(result)
     ]
     rows = [make_row(one, result) for one in result.variants]
     lines = [
