@@ -28,6 +28,9 @@ class Divisor {
   uint32_t factor_ = 0;
 };
 
+// Local vectors in a row of biases: whole tiles, so that a row needs no end of its own.
+__host__ __device__ inline int64_t padded_locals(int64_t locals) { return (locals + 63) / 64 * 64; }
+
 template <class S>
 struct Args {
   using A = Acc<S>;
@@ -65,7 +68,8 @@ struct Args {
   // Scratch, how the work is split, and the output.
   int local_splits, bank_splits;      // of the query side: over local columns, over units
   int gradient_local, gradient_bank;  // splits of the passage side: over local, over banked rows
-  int query_extra, gradient_extra;    // more of part_out on each side, not to be weighed: offsets'
+  int query_slice, passage_slice;     // sm_90a: part_out comes in parts of so many elements of d,
+                                      // and two splits share a place; else 0
   Divisor parts;
   int unit_slots;  // a block is cut into `parts` units; a unit's log-sum-exp is never split
   int strips, strip_groups;  // groups of a block that one warp scores for a new row
@@ -75,30 +79,43 @@ struct Args {
   int* not_finite;    // (n)
   A* part_max;        // (splits, n)
   A* part_sum;        // (splits, n)
-  A* part_out;        // (splits, n, d) or (splits, n * m, d): one after the other
+  A* part_out;        // (places, n, d) or (places, n * m, d), one after the other; with a slice
+                      // (places, locals / 64, d / slice, 64, slice)
+  int* query_done;    // by pair of splits and block of local vectors: the first has left its sums
+  int* passage_done;
   A* unit_lse;        // (units, n): local rows over banked columns, the new rows' table entries
   A* local_lse;       // (n)
   A* local_positive;  // (n) score of a local row with its own positive
   A* row_lse;         // (C): banked rows, local columns included
   double* losses;     // (n + row_blocks)
-  // Offsets, with rows of scores in base 2: a bias for each row of stored means (from means[1] on),
-  // a mass for each kSlotGroup slots, and one for what head has yet to overwrite of its group.
-  float* query_bias;    // (1 + offset_blocks, m, n)
-  float* passage_bias;  // (1 + offset_blocks, n * m)
-  float* query_mass;    // (slot groups + 1, m, n), logarithms
-  float* passage_mass;  // (slot groups + 1, n * m)
-  A* group_part;        // (2, groups + 1, rows): new rows over the groups of head's block and the
-                        // next; the last entry is what of a group head has yet to overwrite
-  A* strip_part;        // (blocks, strips, rows): over the strips of other blocks
-  A* loss;              // ()
-  A* d_queries;         // (n, d)
-  A* d_passages;        // (n, m, d)
+  // Offsets: of each row of stored means (from means[1] on) what it adds to scores, the probability
+  // mass of its slots, and itself, rounded. Scores are in base 2, and so are query masses, as
+  // logarithms.
+  float* query_bias;      // (1 + offset_blocks, m, n padded)
+  float* passage_bias;    // (1 + offset_blocks, n * m padded)
+  float* query_mass;      // (1 + offset_blocks, m, n)
+  float* passage_mass;    // (1 + offset_blocks, n * m)
+  Bf16* passage_offsets;  // (1 + offset_blocks, m, d)
+  Bf16* query_offsets;    // (1 + offset_blocks, d)
+  A* group_part;          // (2, groups + 1, rows): new rows over the groups of head's block and the
+                          // next; the last entry is what of a group head has yet to overwrite
+  A* strip_part;          // (blocks, strips, rows): over the strips of other blocks
+  A* loss;                // ()
+  A* d_queries;           // (n, d)
+  A* d_passages;          // (n, m, d)
 
   __device__ A* row(RowState which) const { return row_state + int64_t(which) * capacity; }
   __device__ const A* mean(int index, int kind) const {
     return means + (int64_t(index) * (1 + m) + kind) * d;
   }
   __device__ bool masked() const { return local_ids != nullptr; }
+  static __host__ __device__ int places(int splits, int slice) {
+    return slice ? (splits + 1) / 2 : splits;
+  }
+  // Elements of part_out at one place.
+  __host__ __device__ int64_t place_size(int64_t locals, int slice) const {
+    return slice ? padded_locals(locals) * ((d + slice - 1) / slice * slice) : locals * d;
+  }
 };
 
 // Dimensions of a thread block of the kernels that stream vectors.
@@ -106,7 +123,6 @@ constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kMaxDim = 4096;
 constexpr int kMaxSplits = 512;  // of the query side: their weights are held in shared memory
-constexpr int kMaxExtra = 4;     // and those of the offsets
 
 // A warp scores kTileRows<A> bank vectors against kLocals<A> local ones: one score a lane.
 template <class A>

@@ -5,9 +5,9 @@
 //   the operands of warpgroup products from shared memory; sums stay in registers.
 // - 64 x d sums fill the registers at d = 384. For more, two blocks share the elements of d as a
 //   cluster: each multiplies its half, they exchange partial scores, both weigh the whole tile.
-// - One warp asks the copy engine for tiles, a warpgroup makes scores into weights
-// (weigh_sm90a.cuh),
-//   two sum up weighted tiles.
+// - One warp asks the copy engine for tiles, a warpgroup makes scores into weights (that of
+//   weigh_sm90a.cuh), two sum up weighted tiles.
+// - Two splits share a place in part_out: the second waits for the first and adds to its sums.
 #pragma once
 
 #include "weigh_sm90a.cuh"
@@ -47,6 +47,8 @@ class AttendHopper {
       barrier_init(at(sh.partial_empty), 4);
       barrier_init_fence();
     }
+    if (threadIdx.x < 64) sh.ones[threadIdx.x] = std::is_same_v<S, Bf16> ? 0x3f80 : 0x3c00;
+    fence_for_products();
     if (T::kCluster == 2)
       cluster_sync();
     else
@@ -65,7 +67,11 @@ class AttendHopper {
       if (threadIdx.x == 3 * T::kGroup) copy();
     }
     __syncwarp();
-    if (T::kCluster == 2) cluster_sync();  // neither block leaves while the other may write to it
+    if (T::kCluster == 2)
+      cluster_sync();  // neither block leaves while the other may write to it
+    else
+      __syncthreads();
+    if (threadIdx.x == 0 && rank == 0 && leaves_sums()) raise_flag(flag());
   }
 
  private:
@@ -92,9 +98,11 @@ class AttendHopper {
       SlotTile& t = sh.slots[stage];
       t = walk.tile;
       if (!more) t.count = 0;  // tells those who wait for a tile
+      const CUtensorMap* map = t.offsets ? &maps.offsets
+                               : t.local ? &maps.local_vectors
+                                         : &maps.bank;
       if (more)
-        copy_vectors(sh.tile[stage], t.local ? &maps.local_vectors : &maps.bank, t.kind, t.slot,
-                     at(sh.full[stage]));
+        copy_vectors(sh.tile[stage], map, t.kind, t.slot, at(sh.full[stage]));
       else
         barrier_arrive(at(sh.full[stage]));
     }
@@ -108,30 +116,32 @@ class AttendHopper {
     for (int c = 0; c < T::kSums; ++c)
 #pragma unroll
       for (int x = 0; x < 32; ++x) acc[c][x] = 0;
+    float scaled[2] = {};  // logarithms of what my_row() and 8 further have been scaled by
     for (int i = 0;; ++i) {
       const int buffer = i % 2, stage = i % T::kStages;
       barrier_wait(at(sh.weights_full[buffer]), i / 2 & 1);
-      const Order order = uniform(lane == 0 ? sh.order[buffer] : Order::skip);
+      const Order order = Order(uniform(int(lane == 0 ? sh.order[buffer] : Order::skip)));
       if (order == Order::stop) break;
-      if (kQuerySide && order == Order::rescale_and_add) rescale(buffer, acc);
+      if (kQuerySide && order == Order::rescale_and_add) {
+        rescale(buffer, acc);
+        if (kSide == Side::queries_with_offsets && which == 0) rescale_masses(buffer, scaled);
+      }
+      if (kSide != Side::queries && order == Order::add_offsets) {
+        if (which == 0) weigh_offsets(buffer, stage, scaled);
+        named_sync<2 * T::kGroup>(2);
+      }
       if (order != Order::skip) {
         const uint64_t weights = matrix_at(shared_address(sh.weight[buffer]));
         const uint64_t tile =
             matrix_at(shared_address(sh.tile[stage]) + which * T::kSums * T::kBoxBytes);
-#pragma unroll
-        for (int c = 0; c < T::kSums; ++c) hold(acc[c]);
-        products_begin();
-#pragma unroll
-        for (int k = 0; k < kBoxRows / 16; ++k)
-#pragma unroll
-          for (int c = 0; c < T::kSums; ++c) {
-            const int rows = k * 16 * 128 >> 4;
-            product<S, true>(acc[c], tile + (c * T::kBoxBytes >> 4) + rows, weights + rows, 1);
-          }
-        products_commit();
-        products_wait<0>();
-#pragma unroll
-        for (int c = 0; c < T::kSums; ++c) hold(acc[c]);
+        if (!std::is_same_v<S, Bf16> && order == Order::add_offsets)
+          add_tile<Bf16>(tile, weights, acc);
+        else
+          add_tile<S>(tile, weights, acc);
+        if (kSide != Side::queries && which == 0 && order != Order::add_offsets) {
+          const int offset = uniform(lane == 0 ? sh.slots[stage].offset : 0);
+          if (offset >= 0) sum_weights(offset, weights, scaled);
+        }
       }
       __syncwarp();
       if (lane == 0) {
@@ -142,9 +152,26 @@ class AttendHopper {
     if (a.with_grad) store(which, acc);
   }
 
-  __device__ __forceinline__ static Order uniform(Order x) {
-    return Order(__shfl_sync(0xffffffffu, int(x), 0));
+  template <class Operand>
+  __device__ __forceinline__ static void add_tile(uint64_t tile, uint64_t weights,
+                                                  float (&acc)[T::kSums][32]) {
+#pragma unroll
+    for (int c = 0; c < T::kSums; ++c) hold(acc[c]);
+    products_begin();
+#pragma unroll
+    for (int k = 0; k < kBoxRows / 16; ++k)
+#pragma unroll
+      for (int c = 0; c < T::kSums; ++c) {
+        const int rows = k * 16 * 128 >> 4;
+        product<Operand, true>(acc[c], tile + (c * T::kBoxBytes >> 4) + rows, weights + rows, 1);
+      }
+    products_commit();
+    products_wait<0>();
+#pragma unroll
+    for (int c = 0; c < T::kSums; ++c) hold(acc[c]);
   }
+
+  __device__ __forceinline__ static int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
   __device__ __forceinline__ int my_row() const { return threadIdx.x / 32 % 4 * 16 + lane / 4; }
   __device__ __forceinline__ int my_local(int j) const { return 8 * j + lane % 4 * 2; }
 
@@ -163,21 +190,130 @@ class AttendHopper {
     }
   }
 
-  __device__ __forceinline__ void store(int which, const float (&acc)[T::kSums][32]) {
-    const int64_t from = int64_t(split) * total + first;
+  // --- masses of tiles with an offset: by warpgroup 0, of local vectors my_row() and 8 further ---
+
+  __device__ __forceinline__ float* masses() const {
+    return kQuerySide ? a.query_mass : a.passage_mass;
+  }
+  // The tile's mass, for the offset that all its vectors have. Both blocks of a cluster store the
+  // same. Query side: a logarithm, relative to the first references.
+  __device__ __forceinline__ void sum_weights(int offset, uint64_t weights,
+                                              const float (&scaled)[2]) {
+    float mass[4] = {};
+    const uint64_t ones = constant_at(at(sh.ones));
+    hold(mass);
+    products_begin();
+#pragma unroll
+    for (int k = 0; k < kBoxRows / 16; ++k)
+      product<S, true>(mass, weights + (k * 16 * 128 >> 4), ones, k > 0);
+    products_commit();
+    products_wait<0>();
+    hold(mass);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int l = first + my_row() + 8 * h;
+      if (lane % 4 == 0 && l < total)
+        masses()[int64_t(offset) * total + l] =
+            kQuerySide ? log2f(mass[2 * h]) - scaled[h] : mass[2 * h];
+    }
+  }
+  __device__ __forceinline__ void rescale_masses(int buffer, float (&scaled)[2]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float factor = sh.shrink[buffer][my_row() + 8 * h];
+      scaled[h] = factor == 0 ? 0.f : scaled[h] + log2f(factor);  // 0: there was nothing before
+    }
+  }
+  // A tile of offsets: their masses are their weights.
+  __device__ __forceinline__ void weigh_offsets(int buffer, int stage, const float (&scaled)[2]) {
+    const int offset = uniform(lane == 0 ? sh.slots[stage].slot : 0);
+    const int count = uniform(lane == 0 ? sh.slots[stage].count : 0);
+    __syncwarp();  // behind it the warp's masses are seen by all its lanes
+#pragma unroll 4   // loads in flight
+    for (int p = lane % 4; p < kBoxRows; p += 4)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = my_row() + 8 * h;
+        float mass = 0;
+        if (p < count && first + row < total) {
+          mass = masses()[int64_t(offset + p) * total + first + row];
+          if (kQuerySide) mass = exp2_(mass + scaled[h]);
+        }
+        char* to = sh.weight[buffer] + p * 128 + (((row / 8) ^ (p & 7)) << 4) + row % 8 * 2;
+        *reinterpret_cast<Bf16*>(to) = __float2bfloat16(mass);
+      }
+    fence_for_products();
+  }
+
+  // --- where the sums go ---
+
+  __device__ __forceinline__ bool leaves_sums() const {
+    return a.with_grad && split % 2 == 0 && split + 1 < splits;
+  }
+  // A block's own 64 x kSlice numbers of part_out: see part_out_at().
+  __device__ __forceinline__ int part() const {
+    return (split / 2 * gridDim.y + blockIdx.y) * T::kCluster + rank;
+  }
+  __device__ __forceinline__ int* flag() const {
+    return (kQuerySide ? a.query_done : a.passage_done) + part() / T::kCluster;
+  }
+
+  // The first split of a pair leaves its sums as they lie in registers; the second, or one that is
+  // alone, the sums of both by local vector.
+  __device__ __forceinline__ void store(int which, float (&acc)[T::kSums][32]) {
+    float* const place = a.part_out + int64_t(part()) * (T::kLocal * T::kSlice);
+    const int thread = threadIdx.x - T::kGroup;  // of two warpgroups
+    constexpr int kQuads = T::kSums * 8;
+    if (leaves_sums()) {
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        const float* x = &acc[q / 8][q % 8 * 4];
+        reinterpret_cast<float4*>(place)[q * 2 * T::kGroup + thread] = {x[0], x[1], x[2], x[3]};
+      }
+      return;
+    }
+    if (split % 2 == 1) {
+      named_sync<2 * T::kGroup>(2);  // tiles are no longer read
+      if (lane == 0) wait_for_flag(flag());
+      __syncwarp();
+      float4* const theirs = reinterpret_cast<float4*>(sh.tile) + thread;
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q)
+        copy_16(shared_address(theirs + q * 2 * T::kGroup),
+                reinterpret_cast<float4*>(place) + q * 2 * T::kGroup + thread, true);
+      copy_commit();
+      copy_wait<0>();
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float2 x = factors(my_local(j)), y = factors(my_local(j) + 1);
+#pragma unroll
+        for (int c = 0; c < T::kSums; ++c) {
+          const float4 other = theirs[(c * 8 + j) * 2 * T::kGroup];
+          acc[c][4 * j] = acc[c][4 * j] * x.x + other.x * x.y;
+          acc[c][4 * j + 1] = acc[c][4 * j + 1] * y.x + other.y * y.y;
+          acc[c][4 * j + 2] = acc[c][4 * j + 2] * x.x + other.z * x.y;
+          acc[c][4 * j + 3] = acc[c][4 * j + 3] * y.x + other.w * y.y;
+        }
+      }
+      named_sync<2 * T::kGroup>(2);  // what the first split has left has been read
+    }
     const float unshift = kQuerySide ? 1.f : exp2_(-weight_shift<S>(kSide));
 #pragma unroll
     for (int c = 0; c < T::kSums; ++c)
 #pragma unroll
       for (int j = 0; j < 8; ++j)
 #pragma unroll
-        for (int x = 0; x < 4; ++x) {
-          const int k =
-              rank * T::kSlice + (which * T::kSums + c) * kBoxColumns + my_row() + x / 2 * 8;
-          const int l = my_local(j) + x % 2;
-          if (k < a.d && first + l < total)
-            a.part_out[(from + l) * a.d + k] = acc[c][4 * j + x] * unshift;
-        }
+        for (int x = 0; x < 4; ++x)
+          place[(my_local(j) + x % 2) * T::kSlice + (which * T::kSums + c) * kBoxColumns +
+                my_row() + x / 2 * 8] = acc[c][4 * j + x] * unshift;
+  }
+  // For this split's sums and for those of the first of the pair: see pair_max().
+  __device__ __forceinline__ float2 factors(int l) const {
+    if (!kQuerySide || first + l >= total) return {1, 1};
+    const float mine = sh.reference[0][l] * kLn2;
+    const float other = a.part_max[int64_t(split - 1) * total + first + l];
+    const float top = fmaxf(fmaxf(mine, other), -1e30f);  // -inf minus -inf would be NaN
+    return {exp2_((mine - top) * kLog2e), exp2_((other - top) * kLog2e)};
   }
 
   const Args<S>& a;

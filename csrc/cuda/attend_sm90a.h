@@ -6,15 +6,15 @@
 
 namespace contaccum {
 
-// Slots that share a row of biases and of masses must not be cut by tiles of kBoxRows; the arrays
-// of both, for both sides, take at most this much.
+// A tile of kBoxRows slots has one offset, an offset one tile for each kind of passage. Biases and
+// masses, for both sides, take at most this much.
 constexpr int64_t kOffsetBytes = 5 << 19;
-constexpr int kOffsetSplits = 4;  // of the slots, in offset_gradients
 
 inline int64_t offset_array_bytes(const CudaStep& step) {
   const Layout& y = step.layout;
-  const int64_t rows = std::max(1 + y.offset_blocks(), 1 + ceil_div(y.capacity, kBoxRows));
-  return rows * y.m * step.batch.n * int64_t(sizeof(float));
+  return (1 + y.offset_blocks()) *
+         std::max(y.m * padded_locals(step.batch.n), padded_locals(y.m * step.batch.n)) *
+         int64_t(sizeof(float));
 }
 
 // Whether biases and masses have arrays.
@@ -22,7 +22,7 @@ template <class S>
 bool has_offset_arrays(const CudaStep& step) {
   const Layout& y = step.layout;
   return takes_tensor_cores<S>(step) && step.device.compute_capability == 90 &&
-         step.options.use_offsets && y.capacity > 0 && y.offset_block % kBoxRows == 0 &&
+         step.options.use_offsets && y.capacity > 0 && y.offset_block == kBoxRows &&
          4 * offset_array_bytes(step) <= kOffsetBytes;
 }
 

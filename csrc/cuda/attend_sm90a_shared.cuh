@@ -11,7 +11,15 @@ namespace contaccum {
 enum class Side { queries, queries_with_offsets, passages };
 
 // What the scoring warpgroup tells the summing ones about a buffer of weights.
-enum class Order : int { add, rescale_and_add, skip, stop };
+enum class Order : int { add, rescale_and_add, add_offsets, skip, stop };
+
+// What weighing a tile needs from global memory, asked for before its scores are there: for two
+// bank vectors of a thread and 16 local ones.
+struct Needed {
+  float lse[2];    // passage side
+  int64_t id[2];   // query side: of the column; passage side: of the row's positive
+  float2 bias[8];  // of the tile's offset, or zero
+};
 
 // Power of two by which weights are larger than they should be: see WeighHopper.
 template <class S>
@@ -27,8 +35,8 @@ struct HopperShared {
   float4 partial[T::kCluster == 2 ? 8 : 1][T::kGroup];  // the other block's share of the scores
   float reference[2][T::kLocal];                        // of the loss; of the table
   float shrink[2][T::kLocal];
-  float bias[T::kLocal];
-  float column[4][T::kLocal];  // by warp
+  float column[4][T::kLocal];     // by warp
+  alignas(16) uint16_t ones[64];  // in the bank's dtype
   int64_t local_id[T::kLocal];
   SlotTile slots[T::kStages];  // what `tile` holds; no slots behind the last
   Order order[2];
@@ -37,7 +45,7 @@ struct HopperShared {
 };
 
 struct HopperMaps {
-  CUtensorMap locals, local_vectors, bank;
+  CUtensorMap locals, local_vectors, bank, offsets;
 };
 
 }  // namespace contaccum

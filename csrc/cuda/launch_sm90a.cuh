@@ -19,6 +19,10 @@ bool describe(const Args<S>& a, HopperMaps& maps) {
   const S* bank = kQuerySide ? a.passages : a.queries;
   const int64_t kinds = kQuerySide ? m : 1;
   if (capacity == 0) bank = vectors;  // never read
+  const Bf16* offsets = kQuerySide ? a.passage_offsets : a.query_offsets;
+  if (offsets != nullptr &&
+      !describe_tensor(&maps.offsets, true, offsets, (1 + a.offset_blocks) * kinds, 1, a.d))
+    return false;
   return describe_tensor(&maps.locals, bf16, locals, kQuerySide ? n : n * m, 1, a.d) &&
          describe_tensor(&maps.local_vectors, bf16, vectors, n, kinds, a.d) &&
          describe_tensor(&maps.bank, bf16, bank, capacity ? capacity : n, kinds, a.d);
@@ -54,15 +58,6 @@ bool launch_tile_sm90a(const Args<S>& a, int splits, cudaStream_t stream) {
   AttendLaunch<S, kSide, T> launch(splits, kQuerySide ? a.n : a.n * a.m, stream);
   cudaLaunchKernelEx(&launch.config, attend_sm90a<S, kSide, T>, a, maps);
   return true;
-}
-
-// Calls f with the tile for vectors of d elements.
-template <class F>
-auto with_tile_sm90a(int64_t d, F f) {
-  if (d <= 128) return f(HopperTile<128, 1, 6>{});
-  if (d <= 384) return f(HopperTile<384, 1, 3>{});
-  if (d <= 768) return f(HopperTile<384, 2, 3>{});
-  return f(HopperTile<512, 2, 2>{});
 }
 
 template <class S, Side kSide>

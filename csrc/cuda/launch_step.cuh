@@ -34,7 +34,7 @@ class Arena {
   size_t size_ = 0;
 };
 
-constexpr int64_t kPartialBytes = 14 << 20;  // of part_out where more than one split is worth it
+constexpr int64_t kPartialBytes = 14 << 20;  // of the sums of all splits, if more than one
 constexpr int64_t kUnitBytes = 1 << 20;      // of unit_lse where finer units are worth it
 constexpr int64_t kEntryBytes = 2 << 20;     // of strip_part, and of the rows of a rebuild
 constexpr int64_t kMaxStrips = 1 << 15;      // of a block: a dimension of a grid
@@ -179,18 +179,27 @@ Args<S> arrange(const CudaStep& step, Arena& arena) {
   a.local_lse = arena.take<A>(n);
   a.local_positive = arena.take<A>(n);
   a.row_lse = arena.take<A>(a.banked_rows ? y.capacity : 0);
+  a.query_slice = sm90a_queries ? sm90a_slice(y.d) : 0;
+  a.passage_slice = sm90a_passages ? sm90a_slice(y.d) : 0;
+  const int64_t query_places = a.places(int(splits), a.query_slice);
+  const int64_t passage_places = a.places(a.gradient_local + a.gradient_bank, a.passage_slice);
+  a.query_done = arena.take<int>(sm90a_queries ? query_places * ceil_div(n, kBoxRows) : 0);
+  a.passage_done =
+      arena.take<int>(sm90a_passages ? passage_places * ceil_div(columns, kBoxRows) : 0);
+  // Nothing comes between the flags and part_max: run() clears what lies before it.
   a.part_max = arena.take<A>(splits * n);
   a.part_sum = arena.take<A>(splits * n);
   if (has_offset_arrays<S>(step)) {
-    a.query_extra = sm90a_queries ? kOffsetSplits : 0;
-    a.gradient_extra = sm90a_passages && a.banked_rows ? kOffsetSplits : 0;
     const int64_t floats = offset_array_bytes(step) / int64_t(sizeof(float));
     for (float** array : {&a.query_bias, &a.passage_bias, &a.query_mass, &a.passage_mass})
       *array = arena.take<float>(floats);
+    const int64_t vectors = a.with_grad ? 1 + y.offset_blocks() : 0;
+    a.query_offsets = arena.take<Bf16>(vectors * y.d);
+    a.passage_offsets = arena.take<Bf16>(vectors * y.m * y.d);
   }
-  const int64_t query_sums = (splits + a.query_extra) * n;
-  const int64_t passage_sums = (a.gradient_local + a.gradient_bank + a.gradient_extra) * columns;
-  a.part_out = arena.take<A>(a.with_grad ? std::max(query_sums, passage_sums) * y.d : 0);
+  const int64_t sums = std::max(query_places * a.place_size(n, a.query_slice),
+                                passage_places * a.place_size(columns, a.passage_slice));
+  a.part_out = arena.take<A>(a.with_grad ? sums : 0);
   a.unit_lse = arena.take<A>(a.incremental ? int64_t(a.blocks) * a.parts * n : 0);
   return a;
 }
@@ -259,19 +268,26 @@ class Launcher {
 
   // Null, or what went wrong.
   const char* run() {
+    const auto flags = reinterpret_cast<char*>(a_.query_done);
+    if (a_.with_grad && (a_.query_slice || a_.passage_slice))
+      cudaMemsetAsync(flags, 0, reinterpret_cast<char*>(a_.part_max) - flags, stream_);
     if (step_.options.rebuild == Rebuild::table) rebuild(Entries::before);
     if (step_.options.rebuild == Rebuild::window && a_.capacity > 0)
       sum_window<S><<<ceil_div(a_.capacity, kThreads), kThreads, 0, stream_>>>(a_);
-    const int64_t chunks = ceil_div(a_.d, kSumColumns), columns = int64_t(a_.n) * a_.m;
+    const int64_t columns = int64_t(a_.n) * a_.m;
     if constexpr (sizeof(S) == 2)
-      if (a_.query_bias != nullptr) score_offsets();
+      if (a_.query_bias != nullptr) prepare();
     attend(true, a_.local_splits + a_.bank_splits, a_.n);
-    finish_queries<S><<<dim3(a_.n, a_.with_grad ? chunks : 1), kThreads, 0, stream_>>>(a_);
+    if (sum_columns_of(a_.n) == kFewColumns)
+      end_queries<kFewColumns>();
+    else
+      end_queries<kManyColumns>();
     if (a_.row_blocks > 0) score_rows();
     if (a_.with_grad) attend(false, a_.gradient_local + a_.gradient_bank, columns);
-    const int64_t writers = a_.enqueue ? a_.n + ceil_div(int64_t(1 + a_.m) * a_.d, kThreads) : 0;
-    const int64_t sums = a_.with_grad ? columns * chunks : 0;
-    finish_passages<S><<<1 + writers + sums, kThreads, 0, stream_>>>(a_);
+    if (sum_columns_of(columns) == kFewColumns)
+      end_passages<kFewColumns>(columns);
+    else
+      end_passages<kManyColumns>(columns);
     if (a_.incremental)
       enter_batch();
     else if (a_.enqueue)
@@ -280,29 +296,35 @@ class Launcher {
   }
 
  private:
-  void score_offsets() {
+  template <int C>
+  void end_queries() {
+    const int64_t chunks = a_.with_grad ? ceil_div(a_.d, C) : 1;
+    finish_queries<S, C><<<dim3(a_.n, chunks), kThreads, 0, stream_>>>(a_);
+  }
+  template <int C>
+  void end_passages(int64_t columns) {
+    const int64_t means = ceil_div(int64_t(1 + a_.m) * a_.d, kMeanColumns);
+    const int64_t writers = a_.enqueue ? a_.n + means : 0;
+    const int64_t sums = a_.with_grad ? columns * ceil_div(a_.d, C) : 0;
+    finish_passages<S, C><<<1 + writers + sums, kThreads, 0, stream_>>>(a_);
+  }
+
+  void prepare() {
     const int64_t means = 1 + a_.offset_blocks, columns = int64_t(a_.n) * a_.m;
     const int64_t tiles = bias_tiles(means * a_.m, a_.n) + bias_tiles(means, columns);
-    offset_biases<S><<<tiles, kOffsetThreads, 0, stream_>>>(a_);
+    const auto kernel = prepare_offsets<S>;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kOffsetBytesShared);
+    kernel<<<tiles, kOffsetThreads, kOffsetBytesShared, stream_>>>(a_);
   }
 
   void check(bool described) {
     if (!described) error_ = "the driver cannot describe tensors to the copy engine";
   }
 
-  void attend_sm90a(bool queries, int splits, int64_t locals) {
-    check(launch_attend_sm90a<S>(a_, queries, splits, stream_));
-    if (!a_.with_grad || (queries ? a_.query_extra : a_.gradient_extra) == 0) return;
-    const dim3 grid(ceil_div(a_.d, kMassColumns), ceil_div(locals, kMassLocals), kOffsetSplits);
-    if (queries)
-      offset_gradients<S, true><<<grid, kOffsetThreads, 0, stream_>>>(a_, splits);
-    else
-      offset_gradients<S, false><<<grid, kOffsetThreads, 0, stream_>>>(a_, splits);
-  }
-
   void attend(bool queries, int splits, int64_t locals) {
     if constexpr (sizeof(S) == 2)
-      if (takes_sm90a<S>(step_, locals)) return attend_sm90a(queries, splits, locals);
+      if (takes_sm90a<S>(step_, locals))
+        return check(launch_attend_sm90a<S>(a_, queries, splits, stream_));
     if constexpr (sizeof(S) == 2)
       if (takes_tensor_cores<S>(step_))
         return launch_attend_mma<S>(a_, step_.device, queries, splits, stream_);

@@ -1,13 +1,16 @@
-// Drift offsets for the kernels of sm_90a: what the offset of a block of slots, mean_now -
-// mean_then, adds to scores, and what the block's probability mass makes of it in the gradients.
-// Both are small products with (blocks, d). Tensor cores take numbers of 16 bits, so a float goes
-// in as two: what rounding leaves of the first is the second. Biases and query masses are in
-// base 2.
+// Drift offsets for the kernels of sm_90a, before they run: what the offset of a block of slots,
+// mean_now - mean_then, adds to scores, and the offset itself as an operand of products.
+//
+// - Biases are a small product with (blocks, d), staged by slices of d. Tensor cores take numbers
+// of
+//   16 bits, so an offset goes in as two: what rounding leaves of the first is the second. Biases
+//   are in base 2.
+// - In gradients an offset is one more vector, its weight the mass of its slots: rounded as weights
+//   are, and to bf16 whatever the bank is, since sums of weights exceed what a half can hold.
 #pragma once
 
-#include "online_softmax.cuh"
 #include "ptx_mma.cuh"
-#include "slot_walk.cuh"
+#include "ring.cuh"
 
 namespace contaccum {
 
@@ -27,188 +30,162 @@ __device__ __forceinline__ void split_pair(float x, float y, uint32_t& rounded, 
   }
 }
 
-// --- biases ---
+constexpr int kOffsetWarps = 16, kOffsetThreads = 32 * kOffsetWarps;
+constexpr int kBiasMeans = 32, kBiasLocals = 64;
+constexpr int kBiasSlice = 384;              // elements of d at once: two thread blocks a processor
+constexpr int kBiasStride = kBiasSlice + 8;  // an odd number of 16-byte units
+constexpr int kBiasDeep = kOffsetWarps / 4;  // warps that share d; the others 16 means, 32 locals
+constexpr int kPartStride = kBiasLocals + 1;
 
-constexpr int kOffsetWarps = 16, kOffsetThreads = 32 * kOffsetWarps;  // latency decides
-constexpr int kBiasMeans = 16, kBiasLocals = 32;
+// 16-bit elements, and where they end the sums of the warps.
+struct OffsetsShared {
+  union {
+    struct {
+      uint16_t offset[kBiasMeans][kBiasStride], rest[kBiasMeans][kBiasStride];
+      uint16_t local[kBiasLocals][kBiasStride];
+    };
+    float part[kBiasDeep][kBiasMeans][kPartStride];
+  };
+};
+constexpr int kOffsetBytesShared = sizeof(OffsetsShared);
 
-inline int64_t bias_tiles(int64_t means, int64_t locals) {
-  return (means + kBiasMeans - 1) / kBiasMeans * ((locals + kBiasLocals - 1) / kBiasLocals);
+__host__ __device__ inline int64_t bias_tiles(int64_t means, int64_t locals) {
+  return (means + kBiasMeans - 1) / kBiasMeans * (padded_locals(locals) / kBiasLocals);
 }
 
-// One (kBiasMeans, kBiasLocals) tile of out (means, locals); the i-th mean is means[1 + i / kinds],
-// of kind first_kind + i % kinds. Warps share d.
+// One (kBiasMeans, kBiasLocals) tile of the biases (means, locals padded) of one side. The i-th
+// mean is means[1 + i / kinds], of kind first_kind + i % kinds.
 template <class S>
-__device__ void bias_tile(const Args<S>& a, int tile, const S* locals, int local_count, int kinds,
-                          int first_kind, float* out) {
-  constexpr int NT = kBiasLocals / 8;
-  __shared__ float part[kOffsetWarps][kBiasMeans][kBiasLocals + 8];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int count = (1 + a.offset_blocks) * kinds;
-  const int tiles = (local_count + kBiasLocals - 1) / kBiasLocals;
-  const int mean0 = tile / tiles * kBiasMeans, local0 = tile % tiles * kBiasLocals;
-  const float *now[2], *then[2];
+class BiasTile {
+ public:
+  __device__ BiasTile(const Args<S>& args, OffsetsShared& shared, bool query_side, int tile)
+      : a(args),
+        sh(shared),
+        locals(query_side ? args.local_queries : args.local_passages),
+        local_count(query_side ? args.n : args.n * args.m),
+        kinds(query_side ? int(args.m) : 1),
+        first_kind(query_side ? 1 : 0),
+        count((1 + args.offset_blocks) * kinds),
+        tiles(int(padded_locals(local_count)) / kBiasLocals),
+        mean0(tile / tiles * kBiasMeans),
+        local0(tile % tiles * kBiasLocals),
+        // The first tile of a mean also rounds it.
+        rounded(!args.with_grad || local0 > 0 ? nullptr
+                : query_side                  ? args.passage_offsets
+                                              : args.query_offsets),
+        out(query_side ? args.query_bias : args.passage_bias) {}
+
+  __device__ void run() {
+    constexpr int NT = 4;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int down = warp % 2 * 16, across = warp / 2 % 2 * 32, deep = warp / 4;
+    float acc[NT][4] = {};
+    for (int k0 = 0; k0 < a.d; k0 += kBiasSlice) {
+      if (k0 > 0) __syncthreads();
+      stage(k0);
+      __syncthreads();
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int i = min(mean0 + lane / 4 + 8 * h, count - 1), kind = first_kind + i % kinds;
-    now[h] = a.mean(0, kind);
-    then[h] = a.mean(1 + i / kinds, kind);
-  }
-  float acc[NT][4] = {};
-  for (int k0 = warp * 16; k0 < a.d; k0 += kOffsetWarps * 16) {
-    uint32_t x[4], rest[4];
+      for (int k = deep * 16; k < kBiasSlice; k += kBiasDeep * 16) {
+        if (k0 + k >= a.d) continue;  // behind the last element all is zero up to 16
+        uint32_t offset[4], rest[4], x[NT / 2][4];
+        const int row = down + lane % 16, column = k + lane / 16 * 8;
+        load_matrices(offset, shared_address(&sh.offset[row][column]));
+        load_matrices(rest, shared_address(&sh.rest[row][column]));
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {  // rows lane / 4 and 8 further; then the same, 8 elements further
-      const int k = k0 + e / 2 * 8 + lane % 4 * 2;
-      float2 offset = {0, 0};
-      if (k < a.d) {
-        const float2 y = *reinterpret_cast<const float2*>(now[e % 2] + k);
-        const float2 z = *reinterpret_cast<const float2*>(then[e % 2] + k);
-        offset = {y.x - z.x, y.y - z.y};
+        for (int nt = 0; nt < NT / 2; ++nt)
+          load_matrices(
+              x[nt],
+              shared_address(
+                  &sh.local[across + nt * 16 + lane / 16 * 8 + lane % 8][k + lane / 8 % 2 * 8]));
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt) {
+          const uint32_t (&y)[4] = x[nt / 2];
+          multiply_add<S>(acc[nt], offset, y[nt % 2 * 2], y[nt % 2 * 2 + 1]);
+          multiply_add<S>(acc[nt], rest, y[nt % 2 * 2], y[nt % 2 * 2 + 1]);
+        }
       }
-      split_pair<S>(offset.x, offset.y, x[e], rest[e]);
+    }
+    __syncthreads();  // slices are no longer read
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        sh.part[deep][down + lane / 4 + e / 2 * 8][across + nt * 8 + lane % 4 * 2 + e % 2] =
+            acc[nt][e];
+    __syncthreads();
+    for (int at = threadIdx.x; at < kBiasMeans * kBiasLocals; at += kOffsetThreads) {
+      const int i = at / kBiasLocals, l = at % kBiasLocals;
+      float sum = 0;
+#pragma unroll
+      for (int w = 0; w < kBiasDeep; ++w) sum += sh.part[w][i][l];
+      if (mean0 + i < count)
+        out[(mean0 + i) * padded_locals(local_count) + local0 + l] =
+            local0 + l < local_count ? sum * a.scale * kLog2e : 0.f;
+    }
+  }
+
+ private:
+  // Elements k0 up to k0 + kBiasSlice of the tile's offsets and local vectors; zero behind d.
+  __device__ void stage(int k0) {
+    constexpr int kUnits = kBiasSlice / 8;  // of 8 elements
+#pragma unroll
+    for (int u = threadIdx.x; u < kBiasLocals * kUnits; u += kOffsetThreads) {
+      const int l = u / kUnits, k = u % kUnits * 8;
+      const bool valid = local0 + l < local_count && k0 + k < a.d;
+      const int64_t from = int64_t(valid ? local0 + l : 0) * a.d + (valid ? k0 + k : 0);
+      copy_16(shared_address(&sh.local[l][k]), locals + from, valid);
+    }
+    copy_commit();
+    constexpr int kQuads = kBiasSlice / 4, kEach = kBiasMeans * kQuads / kOffsetThreads;
+    static_assert(kBiasMeans * kQuads % kOffsetThreads == 0, "the same number for each thread");
+    float4 now[kEach], then[kEach];
+#pragma unroll
+    for (int x = 0; x < kEach; ++x) {  // loads in flight
+      const int u = threadIdx.x + x * kOffsetThreads, k = min(k0 + u % kQuads * 4, a.d - 4);
+      const int i = min(mean0 + u / kQuads, count - 1), kind = first_kind + i % kinds;
+      now[x] = *reinterpret_cast<const float4*>(a.mean(0, kind) + k);
+      then[x] = *reinterpret_cast<const float4*>(a.mean(1 + i / kinds, kind) + k);
     }
 #pragma unroll
-    for (int nt = 0; nt < NT; ++nt) {
-      const S* local = locals + int64_t(min(local0 + nt * 8 + lane / 4, local_count - 1)) * a.d;
-      uint32_t y[2];
+    for (int x = 0; x < kEach; ++x) {
+      const int u = threadIdx.x + x * kOffsetThreads, i = u / kQuads, k = u % kQuads * 4;
+      const bool valid = mean0 + i < count && k0 + k < a.d;
+      const float offset[4] = {valid ? now[x].x - then[x].x : 0, valid ? now[x].y - then[x].y : 0,
+                               valid ? now[x].z - then[x].z : 0, valid ? now[x].w - then[x].w : 0};
+      uint2 first, rest;
+      split_pair<S>(offset[0], offset[1], first.x, rest.x);
+      split_pair<S>(offset[2], offset[3], first.y, rest.y);
+      *reinterpret_cast<uint2*>(&sh.offset[i][k]) = first;
+      *reinterpret_cast<uint2*>(&sh.rest[i][k]) = rest;
+      if (rounded == nullptr || !valid) continue;
+      Pack<Bf16, 4> whole;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int k = k0 + half * 8 + lane % 4 * 2;
-        y[half] = k < a.d ? *reinterpret_cast<const uint32_t*>(local + k) : 0u;
-      }
-      multiply_add<S>(acc[nt], x, y[0], y[1]);
-      multiply_add<S>(acc[nt], rest, y[0], y[1]);
+      for (int e = 0; e < 4; ++e) whole.x[e] = __float2bfloat16(offset[e]);
+      *reinterpret_cast<Pack<Bf16, 4>*>(rounded + int64_t(mean0 + i) * a.d + k0 + k) = whole;
     }
+    copy_wait<0>();
   }
-#pragma unroll
-  for (int nt = 0; nt < NT; ++nt)
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      part[warp][lane / 4 + e / 2 * 8][nt * 8 + lane % 4 * 2 + e % 2] = acc[nt][e];
-  __syncthreads();
-  for (int at = threadIdx.x; at < kBiasMeans * kBiasLocals; at += kOffsetThreads) {
-    const int i = at / kBiasLocals, l = at % kBiasLocals;
-    float sum = 0;
-    for (int w = 0; w < kOffsetWarps; ++w) sum += part[w][i][l];
-    if (mean0 + i < count && local0 + l < local_count)
-      out[int64_t(mean0 + i) * local_count + local0 + l] = sum * a.scale * kLog2e;
-  }
-}
+
+  const Args<S>& a;
+  OffsetsShared& sh;
+  const S* const locals;
+  const int local_count, kinds, first_kind, count, tiles, mean0, local0;
+  Bf16* const rounded;
+  float* const out;
+};
 
 // Grid: the tiles of query_bias, then those of passage_bias.
 template <class S>
-__global__ void __launch_bounds__(kOffsetThreads) offset_biases(const Args<S> a) {
+__global__ void __launch_bounds__(kOffsetThreads) prepare_offsets(const Args<S> a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // only launched on sm_90
-  const int means = 1 + a.offset_blocks;
-  const int query_tiles =
-      (means * a.m + kBiasMeans - 1) / kBiasMeans * ((a.n + kBiasLocals - 1) / kBiasLocals);
+  extern __shared__ __align__(16) char dynamic[];
+  auto& shared = *reinterpret_cast<OffsetsShared*>(dynamic);
+  const int query_tiles = int(bias_tiles((1 + a.offset_blocks) * a.m, a.n));
   const int tile = blockIdx.x;
   if (tile < query_tiles)
-    bias_tile(a, tile, a.local_queries, a.n, int(a.m), 1, a.query_bias);
+    BiasTile<S>(a, shared, true, tile).run();
   else
-    bias_tile(a, tile - query_tiles, a.local_passages, a.n * a.m, 1, 0, a.passage_bias);
-#endif
-}
-
-// --- gradients ---
-
-constexpr int kMassLocals = 32, kMassColumns = 64;
-
-// Grid (d / kMassColumns, locals / kMassLocals, kOffsetSplits): a share of the slot groups each,
-// into part_out behind the splits of the pass that has left the masses. A warp has 16 elements of d
-// and a quarter of the share.
-template <class S, bool kQuerySide>
-__global__ void __launch_bounds__(kOffsetThreads) offset_gradients(const Args<S> a, int splits) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // only launched on sm_90
-  constexpr int NT = kMassLocals / 8, kDown = kMassColumns / 16, kAlong = kOffsetWarps / kDown;
-  __shared__ float part[kMassLocals][kMassColumns + 1];
-  __shared__ float lse[kMassLocals];
-  const Ring<S> ring(a, kQuerySide ? a.cursor : a.position);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int total = kQuerySide ? a.n : a.n * a.m, kinds = kQuerySide ? int(a.m) : 1;
-  const int local0 = blockIdx.y * kMassLocals;
-  const int column = blockIdx.x * kMassColumns + warp % kDown * 16 + lane / 4;  // and 8 further
-  if (kQuerySide) {  // 16 lanes a local vector
-    constexpr int kLanes = kOffsetThreads / kMassLocals;
-    const int l = threadIdx.x / kLanes, row = min(local0 + l, total - 1);
-    Lse<float> whole;
-    for (int s = threadIdx.x % kLanes; s < splits; s += kLanes)
-      whole.add(a.part_max[int64_t(s) * a.n + row], a.part_sum[int64_t(s) * a.n + row]);
-    whole.merge_lanes(kLanes);
-    if (threadIdx.x % kLanes == 0) lse[l] = whole.value() * kLog2e;
-  }
-  __syncthreads();
-  const int groups = (int(a.capacity) + kBoxRows - 1) / kBoxRows, pieces = (groups + 1) * kinds;
-  const int share = int(blockIdx.z) * kAlong + warp / kDown, shares = int(gridDim.z) * kAlong;
-  const int steps = (pieces + 15) / 16;
-  float acc[NT][4] = {};
-  for (int p0 = steps * share / shares * 16; p0 < steps * (share + 1) / shares * 16; p0 += 16) {
-    float offset[2][4], mass[NT][4];  // by elements of d; of pieces 2 (lane % 4) + {0, 1, 8, 9}
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int p = p0 + lane % 4 * 2 + e % 2 + e / 2 * 8, kind = p % kinds;
-      // The piece's slots: up to head, or for the spare piece from head on.
-      const bool spare = p / kinds == groups;
-      const int slot = spare ? ring.head : p / kinds * kBoxRows;
-      const int limit = min((slot / kBoxRows + 1) * kBoxRows, ring.fill);
-      bool used = p < pieces && slot < limit && !(spare && ring.head % kBoxRows == 0);
-      Run run{};
-      if (used) {
-        run = ring.run(slot, limit);
-        used = run.in_window && (kQuerySide ? a.banked_columns : a.banked_rows);
-      }
-      const int which = kQuerySide ? 1 + kind : 0;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int k = column + 8 * h;
-        offset[h][e] = used && k < a.d ? a.mean(0, which)[k] - a.mean(run.mean, which)[k] : 0.f;
-      }
-#pragma unroll
-      for (int nt = 0; nt < NT; ++nt) {
-        const int l = nt * 8 + lane / 4;
-        float w = 0;
-        if (used && local0 + l < total) {
-          w = (kQuerySide ? a.query_mass : a.passage_mass)[int64_t(p) * total + local0 + l];
-          if (kQuerySide) w = exp2_(w - lse[l]);
-        }
-        mass[nt][e] = w;
-      }
-    }
-    uint32_t x[4], x_rest[4];
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      split_pair<Bf16>(offset[e % 2][e / 2 * 2], offset[e % 2][e / 2 * 2 + 1], x[e], x_rest[e]);
-#pragma unroll
-    for (int nt = 0; nt < NT; ++nt) {
-      uint32_t y[2], y_rest[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        split_pair<Bf16>(mass[nt][2 * half], mass[nt][2 * half + 1], y[half], y_rest[half]);
-      multiply_add<Bf16>(acc[nt], x, y[0], y[1]);
-      multiply_add<Bf16>(acc[nt], x_rest, y[0], y[1]);
-      multiply_add<Bf16>(acc[nt], x, y_rest[0], y_rest[1]);
-    }
-  }
-  // acc: (d, local). The parts of the share are added in order.
-  for (int turn = 0; turn < kAlong; ++turn) {
-    if (warp / kDown == turn)
-#pragma unroll
-      for (int nt = 0; nt < NT; ++nt)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          float& sum =
-              part[nt * 8 + lane % 4 * 2 + e % 2][warp % kDown * 16 + lane / 4 + e / 2 * 8];
-          sum = turn == 0 ? acc[nt][e] : sum + acc[nt][e];
-        }
-    __syncthreads();
-  }
-  for (int at = threadIdx.x; at < kMassLocals * kMassColumns; at += kOffsetThreads) {
-    const int l = local0 + at / kMassColumns, k = blockIdx.x * kMassColumns + at % kMassColumns;
-    if (l < total && k < a.d)
-      a.part_out[(int64_t(splits + blockIdx.z) * total + l) * a.d + k] =
-          part[at / kMassColumns][at % kMassColumns];
-  }
+    BiasTile<S>(a, shared, false, tile - query_tiles).run();
 #endif
 }
 

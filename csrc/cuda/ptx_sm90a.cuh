@@ -85,6 +85,18 @@ __device__ __forceinline__ void store_there(uint32_t there, float a, float b, fl
       : "memory");
 }
 
+// --- flags in global memory, from one thread block to another ---
+
+// What the thread has written or has seen written can be read by who waits for the flag.
+__device__ __forceinline__ void raise_flag(int* flag) {
+  asm volatile("st.release.gpu.global.s32 [%0], 1;\n" ::"l"(flag) : "memory");
+}
+__device__ __forceinline__ void wait_for_flag(const int* flag) {
+  int raised = 0;
+  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(raised) : "l"(flag) : "memory");
+  while (raised == 0);
+}
+
 // --- named barriers: some of the warps of a block ---
 
 template <int kCount>
@@ -139,6 +151,10 @@ __device__ __forceinline__ void copy_box_to(uint16_t blocks, uint32_t to, const 
       "l"(map), "r"(k), "r"(kind), "r"(row), "r"(barrier), "h"(blocks)
       : "memory");
 }
+// A line of global memory into the first cache level.
+__device__ __forceinline__ void prefetch_line(const void* address) {
+  asm volatile("prefetch.global.L1 [%0];\n" ::"l"(address));
+}
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
 }
@@ -153,6 +169,11 @@ __device__ __forceinline__ void fence_for_products() {
 __device__ __forceinline__ uint64_t matrix_at(uint32_t address) {
   constexpr uint64_t kSwizzle128 = uint64_t(1) << 62, kEightRows = uint64_t(1024 >> 4) << 32;
   return kSwizzle128 | kEightRows | uint64_t(1) << 16 | (address & 0x3ffff) >> 4;
+}
+
+// The same 8 x 8 elements, without a swizzle, wherever an operand is read: they must be all alike.
+__device__ __forceinline__ uint64_t constant_at(uint32_t address) {
+  return (address & 0x3ffff) >> 4;
 }
 
 __device__ __forceinline__ void products_begin() {
@@ -218,6 +239,8 @@ __device__ __forceinline__ void hold(float (&c)[N]) {
                    : __VA_ARGS__                                                              \
                    : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));                        \
   }
+CONTACCUM_PRODUCT_OVERLOAD([4], "8", "%0, %1, %2, %3", "4", "5", "6", "7", "+f"(c[0]), "+f"(c[1]),
+                           "+f"(c[2]), "+f"(c[3]))
 CONTACCUM_PRODUCT_OVERLOAD([32], "64", CONTACCUM_R0, "32", "33", "34", "35", CONTACCUM_C32(c, 0))
 CONTACCUM_PRODUCT_OVERLOAD([2][32], "128", CONTACCUM_R0 ", " CONTACCUM_R32, "64", "65", "66", "67",
                            CONTACCUM_C32(c[0], 0), CONTACCUM_C32(c[1], 0))

@@ -13,29 +13,43 @@
 
 namespace contaccum {
 
-// A thread block adds up kSumColumns elements of one vector, kSumLanes splits at a time.
-constexpr int kSumColumns = 64;
-constexpr int kSumLanes = kThreads / kSumColumns;
+// A thread block adds up C elements of one vector, kThreads / C places at a time: more where there
+// are vectors enough to fill the device.
+constexpr int kFewColumns = 64, kManyColumns = 128;
+inline int sum_columns_of(int64_t locals) { return locals < 64 ? kFewColumns : kManyColumns; }
 
 // Neither pass has a row's own target in its sums: with probability P it counts P - 1, which is
 // small where training has succeeded and must not be left over from a rounded P.
 
-// Sum over splits of weight(split) * part_out[split, row, k] for the thread's k; every thread of
+// Where part_out has element k of local vector `row` at the first place.
+template <class S>
+__device__ int64_t part_out_at(const Args<S>& a, int row, int k, int slice) {
+  constexpr int kRows = 64;
+  if (slice == 0) return int64_t(row) * a.d + k;
+  const int slices = (a.d + slice - 1) / slice;
+  const int64_t part = int64_t(row / kRows) * slices + k / slice;
+  return (part * kRows + row % kRows) * slice + k % slice;
+}
+
+// Sum over places of weight(place) * part_out[place, row, k] for the thread's k; every thread of
 // the column gets it. `of` is the number of rows.
-template <class S, class Weight>
-__device__ Acc<S> sum_splits(const Args<S>& a, int splits, int row, int of, int k, Weight weight) {
+template <int C, class S, class Weight>
+__device__ Acc<S> sum_places(const Args<S>& a, int places, int slice, int row, int of, int k,
+                             Weight weight) {
   using A = Acc<S>;
-  __shared__ A sums[kSumLanes][kSumColumns];
-  const int column = threadIdx.x % kSumColumns, group = threadIdx.x / kSumColumns;
+  constexpr int kLanes = kThreads / C;
+  __shared__ A sums[kLanes][C];
+  const int column = threadIdx.x % C, group = threadIdx.x / C;
+  const A* from = a.part_out + part_out_at(a, row, k, slice);
+  const int64_t stride = a.place_size(of, slice);
   A sum = 0;
   if (k < a.d)
 #pragma unroll 8  // loads in flight
-    for (int s = group; s < splits; s += kSumLanes)
-      sum += weight(s) * a.part_out[(int64_t(s) * of + row) * a.d + k];
+    for (int p = group; p < places; p += kLanes) sum += weight(p) * from[p * stride];
   sums[group][column] = sum;
   __syncthreads();
   A total = 0;
-  for (int g = 0; g < kSumLanes; ++g) total += sums[g][column];
+  for (int g = 0; g < kLanes; ++g) total += sums[g][column];
   return total;
 }
 
@@ -47,12 +61,18 @@ __device__ Acc<S> warp_dot(const S* x, const S* y, int d) {
   return warp_sum(sum);
 }
 
-// Grid (n, d / kSumColumns).
+// What the sums of two splits in one place of part_out are relative to.
 template <class S>
+__device__ Acc<S> pair_max(const Args<S>& a, int place, int splits, int row) {
+  const Acc<S>* top = a.part_max + 2 * int64_t(place) * a.n + row;
+  return 2 * place + 1 < splits && top[a.n] > top[0] ? top[a.n] : top[0];
+}
+
+// Grid (n, d / C).
+template <class S, int C>
 __global__ void __launch_bounds__(kThreads) finish_queries(const Args<S> a) {
   using A = Acc<S>;
   const int row = blockIdx.x, splits = a.local_splits + a.bank_splits;
-  const int sums = splits + a.query_extra;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const S* q = a.local_queries + int64_t(row) * a.d;
   const S* positive = a.local_passages + int64_t(row) * a.m * a.d;
@@ -88,28 +108,31 @@ __global__ void __launch_bounds__(kThreads) finish_queries(const Args<S> a) {
     }
   }
   if (!a.with_grad) return;
-  const int k = blockIdx.y * kSumColumns + threadIdx.x % kSumColumns;
-  __shared__ A weights[kMaxSplits + 1 + kMaxExtra];
-  for (int s = threadIdx.x; s < sums; s += kThreads) {
-    const A top = s < splits ? a.part_max[int64_t(s) * a.n + row] : lse;
-    weights[s] = top == minus_infinity<A>() ? A(0) : exp_(top - lse);
+  const int k = blockIdx.y * C + threadIdx.x % C;
+  __shared__ A weights[kMaxSplits + 1];
+  const int places = a.places(splits, a.query_slice);
+  for (int p = threadIdx.x; p < places; p += kThreads) {
+    const A top = a.query_slice ? pair_max(a, p, splits, row) : a.part_max[int64_t(p) * a.n + row];
+    weights[p] = top == minus_infinity<A>() ? A(0) : exp_(top - lse);
   }
   __syncthreads();
-  const A sum = sum_splits(a, sums, row, a.n, k, [&](int s) { return weights[s]; });
-  if (k >= a.d || threadIdx.x >= kSumColumns) return;
+  const A sum =
+      sum_places<C>(a, places, a.query_slice, row, a.n, k, [&](int p) { return weights[p]; });
+  if (k >= a.d || threadIdx.x >= C) return;
   const A factor = A(Ring<S>(a, a.cursor).row_weight()) * a.scale;
   const A own = expm1_(shared_positive - lse) * to_acc(positive[k]);
   a.d_queries[int64_t(row) * a.d + k] = factor * (sum + own);
 }
 
 // dp = scale * w * sum over rows of P row, the own query of a positive with P - 1
-template <class S>
+template <int C, class S>
 __device__ void finish_column(const Args<S>& a, int column, int chunk, bool refused) {
   using A = Acc<S>;
-  const int k = chunk * kSumColumns + threadIdx.x % kSumColumns;
-  const A sum = sum_splits(a, a.gradient_local + a.gradient_bank + a.gradient_extra, column,
-                           a.n * a.m, k, [](int) { return A(1); });
-  if (k >= a.d || threadIdx.x >= kSumColumns) return;
+  const int k = chunk * C + threadIdx.x % C;
+  const int places = a.places(a.gradient_local + a.gradient_bank, a.passage_slice);
+  const A sum =
+      sum_places<C>(a, places, a.passage_slice, column, a.n * a.m, k, [](int) { return A(1); });
+  if (k >= a.d || threadIdx.x >= C) return;
   const int row = column / a.m;
   const A own = column % a.m ? A(0)
                              : expm1_(a.local_positive[row] - a.local_lse[row]) *
@@ -161,22 +184,35 @@ __device__ void write_row(const Args<S>& a, int row) {
     a.ids[slot * a.m + k] = a.masked() ? a.local_ids[int64_t(row) * a.m + k] : -1;
 }
 
-// Element `at` of (1 + m, d): the running mean, then the means stored with offset blocks. The slots
-// of an offset block share the average of the running means they were enqueued at. All n rows are
-// stamped, also those that later rows of a large batch have overwritten.
+// kMeanColumns elements of (1 + m, d): the running mean, then the means stored with offset blocks.
+// The slots of an offset block share the average of the running means they were enqueued at. All n
+// rows are stamped, also those that later rows of a large batch have overwritten.
+constexpr int kMeanColumns = 32;  // few: lanes share the rows, and latency decides
 template <class S>
-__device__ void move_means(const Args<S>& a, int64_t at) {
+__device__ void move_means(const Args<S>& a, int block) {
   using A = Acc<S>;
+  constexpr int kLanes = kThreads / kMeanColumns;
+  __shared__ A sums[kLanes][kMeanColumns];
   const int64_t width = int64_t(1 + a.m) * a.d;
-  if (at >= width) return;
+  const int column = threadIdx.x % kMeanColumns, first = threadIdx.x / kMeanColumns;
+  const int64_t at = int64_t(block) * kMeanColumns + column;
+  if (a.drift_decay >= A(0)) {
+    A sum = 0;
+    if (at < width) {
+      const int v = int(at / a.d), k = int(at % a.d);
+      const S* x = v == 0 ? a.local_queries + k : a.local_passages + int64_t(v - 1) * a.d + k;
+      const int64_t stride = v == 0 ? a.d : int64_t(a.m) * a.d;
+#pragma unroll 8  // loads in flight
+      for (int i = first; i < a.n; i += kLanes) sum += to_acc(x[i * stride]);
+    }
+    sums[first][column] = sum;
+    __syncthreads();
+  }
+  if (at >= width || first > 0) return;
   const Ring<S> ring(a, a.position);
   if (a.drift_decay >= A(0)) {
-    const int v = int(at / a.d), k = int(at % a.d);
-    const S* x = v == 0 ? a.local_queries + k : a.local_passages + int64_t(v - 1) * a.d + k;
-    const int64_t stride = v == 0 ? a.d : int64_t(a.m) * a.d;
     A sum = 0;
-#pragma unroll 8
-    for (int i = 0; i < a.n; ++i) sum += to_acc(x[i * stride]);
+    for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane][column];
     const A keep = ring.fill > 0 ? a.drift_decay : A(0);
     a.means[at] = keep * a.means[at] + (A(1) - keep) * sum / A(a.n);
   }
@@ -196,8 +232,8 @@ __device__ void move_means(const Args<S>& a, int64_t at) {
 }
 
 // Grid: the loss; then n rows to write and the elements of the means, if enqueueing; then
-// (n * m, d / kSumColumns) sums, if gradients are wanted.
-template <class S>
+// (n * m, d / C) sums, if gradients are wanted.
+template <class S, int C>
 __global__ void __launch_bounds__(kThreads) finish_passages(const Args<S> a) {
   const bool enqueue = a.enqueue && batch_is_finite(a);
   // A batch that may not enter the bank must not look sound: whoever watches the loss or, as loss
@@ -206,16 +242,16 @@ __global__ void __launch_bounds__(kThreads) finish_passages(const Args<S> a) {
   int role = blockIdx.x;
   if (role-- == 0) return finish_loss(a, enqueue, refused);
   if (a.enqueue) {
-    const int mean_blocks = (int64_t(1 + a.m) * a.d + kThreads - 1) / kThreads;
+    const int mean_blocks = (int64_t(1 + a.m) * a.d + kMeanColumns - 1) / kMeanColumns;
     if (role < a.n + mean_blocks) {
       if (role < a.n) return enqueue ? write_row(a, role) : refuse_row(a, role);
       if (!enqueue) return;
-      return move_means(a, int64_t(role - a.n) * kThreads + threadIdx.x);
+      return move_means(a, role - a.n);
     }
     role -= a.n + mean_blocks;
   }
-  const int chunks = (a.d + kSumColumns - 1) / kSumColumns;
-  finish_column(a, role / chunks, role % chunks, refused);
+  const int chunks = (a.d + C - 1) / C;
+  finish_column<C>(a, role / chunks, role % chunks, refused);
 }
 
 }  // namespace contaccum

@@ -219,7 +219,8 @@ class BankedRowsMma {
         const int run = i / T::kColumns, c = i % T::kColumns;
         if (column + c < column_end)
           sh.bias[run][c] =
-              a.passage_bias[int64_t(sh.runs[run].mean - 1) * a.n * a.m + column + c] * kLn2;
+              a.passage_bias[(sh.runs[run].mean - 1) * padded_locals(a.n * a.m) + column + c] *
+              kLn2;
       }
       return;
     }

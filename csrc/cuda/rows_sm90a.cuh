@@ -172,7 +172,12 @@ class BankedRowsHopper {
       r.valid[h] = r.slot[h] < ring.fill;
       if (!r.valid[h]) continue;
       if (a.masked()) r.positive_id[h] = a.ids[int64_t(r.slot[h]) * a.m];
-      if (with_offsets()) r.bias[h] = ring.mean_of(r.slot[h]) - 1;
+      if (with_offsets()) {  // biases are needed once there are scores: a line a lane
+        r.bias[h] = ring.mean_of(r.slot[h]) - 1;
+        const int64_t padded = padded_locals(a.n * a.m);
+        for (int c = lane * 32; c < padded; c += 32 * 32)
+          prefetch_line(a.passage_bias + r.bias[h] * padded + c);
+      }
       if (upkeep) {
         r.fresh[h].max = a.row(kFreshMax)[r.slot[h]];
         r.fresh[h].sum = a.row(kFreshSum)[r.slot[h]];
@@ -356,16 +361,23 @@ class BankedRowsHopper {
   }
   __device__ __forceinline__ void add_biases(const ColumnTile& t, float (&s)[32],
                                              const Rows& r) const {
-    const int columns = a.n * a.m;
+    const int64_t padded = padded_locals(a.n * a.m);
+    const int last = int(padded) - 1 - t.begin;  // a tile may begin anywhere
+    const bool pairs = uniform(t.begin % 2 == 0 && last >= kBoxRows - 1);
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
+    for (int h = 0; h < 2; ++h) {
+      const float* bias = a.passage_bias + r.bias[h] * padded + t.begin;
+      float2 b[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j)
+        b[j] = pairs ? *reinterpret_cast<const float2*>(bias + my_column(j))
+                     : float2{bias[min(my_column(j), last)], bias[min(my_column(j) + 1, last)]};
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int c = min(t.begin + my_column(j) + e, columns - 1);
-          s[4 * j + 2 * h + e] += a.passage_bias[int64_t(r.bias[h]) * columns + c];
-        }
+      for (int j = 0; j < 8; ++j) {
+        s[4 * j + 2 * h] += b[j].x;
+        s[4 * j + 2 * h + 1] += b[j].y;
+      }
+    }
   }
 
   // The tile's groups, each a log-sum-exp of its own, into the table. N: columns of a group / 8.

@@ -1,6 +1,7 @@
 // What one split of a streaming pass reads, in tiles for attend_sm90a.cuh: its share of the local
 // vectors, then its share of the bank. A tile is at most kBoxRows slots of one kind of passage; it
-// never crosses a multiple of kBoxRows, a run or a unit.
+// never crosses a multiple of kBoxRows, a run or a unit, so it has one offset. Behind tiles whose
+// offsets follow each other in memory comes a tile of those offsets.
 #pragma once
 
 #include "ring.cuh"
@@ -8,34 +9,28 @@
 
 namespace contaccum {
 
-// Where the probability mass of the slots from `slot` on is kept: a group of kBoxRows slots has one
-// mean, but for the group that head divides.
-template <class S>
-__device__ int mass_index(const Args<S>& a, const Ring<S>& ring, int slot) {
-  const int g = slot / kBoxRows;
-  const bool older = slot >= ring.head && g == ring.head / kBoxRows && ring.head % kBoxRows != 0;
-  return older ? (int(a.capacity) + kBoxRows - 1) / kBoxRows : g;
-}
-
 struct SlotTile {
-  int slot, count, kind;
-  int mean;  // their row of means, or -1 without offsets
+  int slot, count, kind;  // offsets: the first, and how many
+  int offset;             // theirs, as a row of passage_offsets or query_offsets; -1 without
   int unit;
   bool local, in_loss, for_table;
+  bool offsets;  // no slots
 };
 
 // What the first lane of a warp has.
 __device__ __forceinline__ SlotTile from_first_lane(SlotTile t) {
   const auto spread = [](int x) { return __shfl_sync(0xffffffffu, x, 0); };
-  const int flags = spread(int(t.local) | int(t.in_loss) << 1 | int(t.for_table) << 2);
+  const int flags =
+      spread(int(t.local) | int(t.in_loss) << 1 | int(t.for_table) << 2 | int(t.offsets) << 3);
   t.slot = spread(t.slot);
   t.count = spread(t.count);
   t.kind = spread(t.kind);
-  t.mean = spread(t.mean);
+  t.offset = spread(t.offset);
   t.unit = spread(t.unit);
   t.local = flags & 1;
   t.in_loss = flags & 2;
   t.for_table = flags & 4;
+  t.offsets = flags & 8;
   return t;
 }
 
@@ -49,9 +44,8 @@ class SlotWalk {
     local_end = min(int(local_tiles * (split + 1) / splits) * kBoxRows, a.n);
     if constexpr (kQuerySide) {
       const int64_t units = a.blocks * a.parts;
-      first_unit = int(units * split / splits);
       last_unit = int(units * (split + 1) / splits);
-      tile.unit = first_unit - 1;
+      slots.unit = int(units * split / splits) - 1;
     } else {
       const int64_t tiles = (ring.fill + kBoxRows - 1) / kBoxRows;
       slot = int(tiles * split / splits) * kBoxRows;
@@ -61,56 +55,84 @@ class SlotWalk {
 
   // Whether there is another tile.
   __device__ bool next() {
-    while (at >= run_end) {
-      if (run_begin < run_end && ++tile.kind < (kQuerySide ? int(a.m) : 1)) {
-        at = run_begin;
-      } else {
-        tile.kind = 0;
-        if (!next_run()) return false;
-      }
+    if (!ahead) {
+      ahead = true;
+      more = next_slots();
     }
-    tile.slot = at;
-    tile.count = min(run_end - at, kBoxRows - at % kBoxRows);
-    at += tile.count;
-    return true;
+    const bool has_offset = more && slots.offset >= 0 && a.with_grad;
+    if (offset_count > 0 &&
+        !(has_offset && offset_count < kBoxRows && slots.offset == first_offset + offset_count)) {
+      tile = {first_offset, offset_count, 0, -1, tile.unit, false, true, false, true};
+      offset_count = 0;
+      return true;
+    }
+    if (!more) return false;
+    if (has_offset && offset_count++ == 0) first_offset = slots.offset;
+    return take();
   }
 
   SlotTile tile{};
-  int first_unit = 0, last_unit = 0;
 
  private:
+  __device__ bool take() {
+    tile = slots;
+    ahead = false;
+    return true;
+  }
+
+  // The next tile of slots.
+  __device__ bool next_slots() {
+    while (at >= run_end) {
+      if (run_begin < run_end && ++slots.kind < kinds()) {
+        at = run_begin;
+      } else {
+        slots.kind = 0;
+        if (!next_run()) return false;
+      }
+    }
+    slots.slot = at;
+    slots.count = min(run_end - at, kBoxRows - at % kBoxRows);
+    slots.offset = mean < 0 ? -1 : (mean - 1) * kinds() + slots.kind;
+    at += slots.count;
+    return true;
+  }
+  __device__ int kinds() const { return kQuerySide ? int(a.m) : 1; }
+
   __device__ bool next_run() {
     if (!past_locals) {
       past_locals = true;
       at = run_begin = local_begin;
       run_end = local_end;
-      tile.local = tile.in_loss = true;
-      tile.mean = -1;
+      slots.local = slots.in_loss = true;
       return true;
     }
-    tile.local = false;
+    slots.local = false;
     while (slot >= slot_end) {
-      if (!kQuerySide || ++tile.unit >= last_unit) return false;
-      const int b = tile.unit / a.parts;
-      slot = b * a.block + tile.unit % a.parts * a.unit_slots;
+      if (!kQuerySide || ++slots.unit >= last_unit) return false;
+      const int b = slots.unit / a.parts;
+      slot = b * a.block + slots.unit % a.parts * a.unit_slots;
       slot_end = min(min(slot + a.unit_slots, ring.block_end(b)), ring.fill);
-      tile.for_table = a.incremental && !ring.is_direct(b);
+      slots.for_table = a.incremental && !ring.is_direct(b);
     }
     Run run = ring.run(slot, slot_end);
     // A unit lies in one block: without offsets nothing but head can divide it.
     if (kQuerySide && !a.use_offsets && (slot >= ring.head || slot_end <= ring.head))
       run.end = slot_end;
     slot = run.end;
-    tile.in_loss = run.in_window && (kQuerySide ? a.banked_columns : a.banked_rows);
-    tile.mean = a.use_offsets && tile.in_loss ? run.mean : -1;
+    slots.in_loss = run.in_window && (kQuerySide ? a.banked_columns : a.banked_rows);
+    mean = a.use_offsets && slots.in_loss ? run.mean : -1;
     at = run_begin = run.begin;
-    run_end = tile.in_loss || tile.for_table ? run.end : run.begin;
+    run_end = slots.in_loss || slots.for_table ? run.end : run.begin;
     return true;
   }
 
   const Args<S>& a;
   const Ring<S>& ring;
-  bool past_locals = false;
+  SlotTile slots{};  // read ahead of `tile`
+  bool ahead = false, more = false, past_locals = false;
+  int first_offset = 0, offset_count = 0;  // of tiles already given
+  int mean = -1;                           // of the run
+  int last_unit = 0;
   int local_begin, local_end;
   int slot = 0, slot_end = 0;
   int at = 0, run_begin = 0, run_end = 0;

@@ -93,6 +93,19 @@ struct HopperTile {
   static constexpr int kScoreRegisters = 512 - 2 * kSumRegisters - kCopyRegisters;
 };
 
+// Calls f with the tile for vectors of d elements.
+template <class F>
+auto with_tile_sm90a(int64_t d, F f) {
+  if (d <= 128) return f(HopperTile<128, 1, 6>{});
+  if (d <= 384) return f(HopperTile<384, 1, 3>{});
+  if (d <= 768) return f(HopperTile<384, 2, 3>{});
+  return f(HopperTile<512, 2, 2>{});
+}
+// Elements of d that a thread block sums.
+inline int sm90a_slice(int64_t d) {
+  return with_tile_sm90a(d, [](auto tile) { return decltype(tile)::kSlice; });
+}
+
 // Banked rows on Hopper: 128 rows by kTiles * 64 columns, of which four are 128 registers of
 // scores.
 template <int kTiles_, int kStages_>

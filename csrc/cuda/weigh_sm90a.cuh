@@ -68,10 +68,15 @@ class WeighHopper {
       more = wait_tile(i + 1);
       start_scores(more ? i + 1 : i, ahead);
       receive_scores(i, s);
-      weigh(i, t, needed, s);
+      claim(i);
+      if (kSide != Side::queries && __any_sync(0xffffffffu, t.offsets))
+        hand_over(i % 2, Order::add_offsets);
+      else
+        weigh(i, t, needed, s);
       end_scores(ahead);
 #pragma unroll
       for (int x = 0; x < kScores; ++x) s[x] = ahead[x];
+      if (kSide != Side::queries) hold(s);  // or products would be serialised
       if (more) send_scores(i + 1, s);
     }
     claim(i);
@@ -94,13 +99,6 @@ class WeighHopper {
 
   // --- scores ---
 
-  // What weighing a tile needs from global memory, asked for before its scores are there.
-  struct Needed {
-    float lse[2];   // passage side
-    int64_t id[2];  // query side: of the column; passage side: of the row's positive
-    float bias;     // of local vector `thread`
-  };
-
   // Read by the lane that also arrives at the barriers behind which the next tile is written.
   __device__ __forceinline__ SlotTile tile(int i) const {
     return from_first_lane(lane == 0 ? sh.slots[i % T::kStages] : SlotTile{});
@@ -113,7 +111,8 @@ class WeighHopper {
   }
 
   __device__ __forceinline__ Needed ask(const SlotTile& t) const {
-    Needed p;
+    Needed p{};
+    if (t.offsets) return p;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = min(my_row() + 8 * h, t.count - 1);
@@ -122,11 +121,11 @@ class WeighHopper {
         p.id[h] =
             (t.local ? a.local_ids : a.ids)[int64_t(t.slot + r) * a.m + (kQuerySide ? t.kind : 0)];
     }
-    if (use_offsets() && t.mean >= 0 && thread < T::kLocal) {
-      const int64_t row = kQuerySide ? int64_t(t.mean - 1) * a.m + t.kind : t.mean - 1;
-      const int l = min(first + thread, total - 1);
-      p.bias = (kQuerySide ? a.query_bias : a.passage_bias)[row * total + l];
-    }
+    if (kSide == Side::queries || t.offset < 0) return p;
+    const float* bias = (kQuerySide ? a.query_bias : a.passage_bias) + first +
+                        int64_t(t.offset) * padded_locals(total);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) p.bias[j] = *reinterpret_cast<const float2*>(bias + my_local(j));
     return p;
   }
 
@@ -188,91 +187,97 @@ class WeighHopper {
   __device__ __forceinline__ void weigh(int i, const SlotTile& t, const Needed& p,
                                         float (&s)[kScores]) {
     const int buffer = i % 2;
-    const bool biased = use_offsets() && t.mean >= 0;
     bool raised = false;
     float scale = a.scale * kLog2e, w[kScores];
-    claim(i);
     if (kQuerySide && __any_sync(0xffffffffu, t.unit != unit)) close_units(t.unit);
     if (a.masked() || __any_sync(0xffffffffu, t.local || t.count < kBoxRows)) leave_out(t, p, s);
-    if (biased) share_bias(p);
-    if constexpr (kSide == Side::queries) {
-      raised = raise<0>(s, scale, w, buffer);
-      accumulate(w, unit_sum);
+    if constexpr (kQuerySide) {
+      raised = exponentiate(t, p, s, scale, w, buffer);
       unit_in_loss = t.in_loss;
-    } else if constexpr (kSide == Side::queries_with_offsets) {
-      // The table is without offsets, but mostly its sums follow from those of the loss.
-      bool table_apart = t.for_table && (!t.in_loss || is_far(biased));
-#pragma unroll 1
-      for (;;) {
-        if (table_apart) {
-          raise<1>(s, scale, w, buffer);
-          accumulate(w, unit_sum);
-        }
-        if (biased) add_bias(s, scale, 1.f);
-        if (biased) scale = 1;
-        raised |= raise<0>(s, scale, w, buffer);
-        if (!t.for_table || table_apart || !raised || !is_far(biased)) break;
-        if (biased) add_bias(s, scale, -1.f);
-        table_apart = true;
-      }
-      if (t.in_loss) accumulate(w, biased_sum);
-      if (t.for_table && !table_apart) accumulate_table(w, biased);
     } else {
-      if (biased) add_bias(s, scale, 1.f);
-      if (biased) scale = 1;
       const float top[2] = {p.lse[0] * kLog2e - kShift, p.lse[1] * kLog2e - kShift};
+      add_bias(s, scale, p);
 #pragma unroll
-      for (int x = 0; x < kScores; ++x) w[x] = exp2_(s[x] * scale - top[x / 2 % 2]);
+      for (int x = 0; x < kScores; ++x) w[x] = exp2_(s[x] - top[x / 2 % 2]);
     }
-    if (biased && a.with_grad) store_mass(t, w);
     if (t.local) drop_targets(t, w);
     if (t.in_loss && a.with_grad) store_weights(buffer, w);
-    if (thread == 0)
-      sh.order[buffer] = !t.in_loss || !a.with_grad ? Order::skip
-                         : raised                   ? Order::rescale_and_add
-                                                    : Order::add;
+    hand_over(buffer, !t.in_loss || !a.with_grad ? Order::skip
+                      : raised                   ? Order::rescale_and_add
+                                                 : Order::add);
+  }
+  __device__ __forceinline__ void hand_over(int buffer, Order order) {
+    if (thread == 0) sh.order[buffer] = order;
     fence_for_products();
     __syncwarp();
     if (lane < 4) barrier_arrive(at(sh.weights_full[buffer]));  // those that may have set `shrink`
   }
 
-  __device__ __forceinline__ void share_bias(const Needed& p) {
-    sync();  // the bias of the tile before has been read
-    if (thread < T::kLocal) sh.bias[thread] = p.bias;
-    sync();
+  // Query side: weights, and what they add to the sums. True if the loss's references had to be
+  // raised. The table is without offsets. A tile has one, so its weights with and without it differ
+  // by a factor, unless what is left with it is too small for that: then the table is summed apart.
+  __device__ __forceinline__ bool exponentiate(const SlotTile& t, const Needed& p,
+                                               float (&s)[kScores], float scale,
+                                               float (&w)[kScores], int buffer) {
+    const bool biased = use_offsets() && t.offset >= 0;
+    bool far = biased && t.for_table && is_far(p), apart = use_offsets() && !t.in_loss,
+         raised = false;
+    relate(0, s, scale, p, w);
+    if (named_any<T::kGroup>(1, far || apart || is_too_large(w))) {
+      if constexpr (kSide == Side::queries) {
+        raised = raise(0, s, scale, p, w, buffer);
+      } else {
+        far = named_any<T::kGroup>(1, far);
+        apart |= far;
+#pragma unroll 1  // one copy of the code for both
+        for (int which = apart; which >= (t.in_loss ? 0 : 1); --which) {
+          const Needed with = which == 0 ? p : Needed{};
+          raised = raise(which, s, scale, with, w, buffer);
+          if (which == 1) sum_for_table(w);
+        }
+      }
+    }
+    if (apart && !t.in_loss) return false;
+#pragma unroll
+    for (int x = 0; x < kScores; ++x) w[x] = exp2_(w[x]);
+    if constexpr (kSide == Side::queries) {
+      accumulate(w, unit_sum);
+      return raised;
+    }
+    accumulate(w, biased_sum);
+    if (!t.for_table || far) return raised;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      unit_sum[2 * j] += (w[4 * j] + w[4 * j + 2]) * exp2_(-p.bias[j].x);
+      unit_sum[2 * j + 1] += (w[4 * j + 1] + w[4 * j + 3]) * exp2_(-p.bias[j].y);
+    }
+    return raised;
   }
-  // A tile has one offset, so a local vector's weights with and without it differ by a factor.
-  // Whether that is so far from 1 for some that weights without an offset need exponentials of
-  // their own.
-  __device__ __forceinline__ bool is_far(bool biased) const {
+  __device__ __forceinline__ static bool is_far(const Needed& p) {
     constexpr float kSafe = 32;
     bool far = false;
-    if (thread < T::kLocal)  // far, too, where a reference is still -inf
-      far = !(fabsf(sh.reference[0][thread] - (biased ? sh.bias[thread] : 0.f) -
-                    sh.reference[1][thread]) < kSafe);
-    return named_any<T::kGroup>(1, far);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) far |= !(p.bias[j].x > -kSafe) || !(p.bias[j].y > -kSafe);
+    return far;
   }
-  __device__ __forceinline__ void accumulate_table(const float (&w)[kScores], bool biased) {
+  // Into the unit's sum, with references of its own.
+  __device__ __forceinline__ void sum_for_table(const float (&w)[kScores]) {
+    float x[kScores], sums[kMine] = {};
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) x[i] = exp2_(w[i]);
+    accumulate(x, sums);
+    const float sum = sum_columns(sums);
+    add_to_unit(sh.reference[1][thread % T::kLocal], sum);
+  }
+  __device__ __forceinline__ static void add_bias(float (&s)[kScores], float scale,
+                                                  const Needed& p) {
 #pragma unroll
     for (int j = 0; j < 8; ++j)
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int l = my_local(j) + e;
-        const float apart = sh.reference[0][l] - (biased ? sh.bias[l] : 0.f) - sh.reference[1][l];
-        unit_sum[2 * j + e] += (w[4 * j + e] + w[4 * j + 2 + e]) * exp2_(apart);
-      }
-  }
-
-  __device__ __forceinline__ void add_bias(float (&s)[kScores], float scale, float sign) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float2 b = *reinterpret_cast<const float2*>(&sh.bias[my_local(j)]);
-#pragma unroll
       for (int h = 0; h < 2; ++h) {
-        s[4 * j + 2 * h] = s[4 * j + 2 * h] * scale + sign * b.x;
-        s[4 * j + 2 * h + 1] = s[4 * j + 2 * h + 1] * scale + sign * b.y;
+        s[4 * j + 2 * h] = s[4 * j + 2 * h] * scale + p.bias[j].x;
+        s[4 * j + 2 * h + 1] = s[4 * j + 2 * h + 1] * scale + p.bias[j].y;
       }
-    }
   }
 
   // No score where there is no vector or a false negative: the column holds the same passage as the
@@ -325,11 +330,12 @@ class WeighHopper {
 
   // Scores relative to the references: of the loss (0) or of the table (1).
   __device__ __forceinline__ void relate(int which, const float (&s)[kScores], float scale,
-                                         float (&x)[kScores]) const {
+                                         const Needed& p, float (&x)[kScores]) const {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       float2 top = *reinterpret_cast<const float2*>(&sh.reference[which][my_local(j)]);
-      top = {fmaxf(top.x, -1e30f), fmaxf(top.y, -1e30f)};  // -inf minus -inf would be NaN
+      // -inf minus -inf would be NaN
+      top = {fmaxf(top.x, -1e30f) - p.bias[j].x, fmaxf(top.y, -1e30f) - p.bias[j].y};
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         x[4 * j + 2 * h] = s[4 * j + 2 * h] * scale - top.x;
@@ -337,36 +343,33 @@ class WeighHopper {
       }
     }
   }
-  // Weights w. True if the references had to be raised, with all sums that hang on them: some
-  // weight was too large. Without offsets the loss and the table share the references of the loss.
-  template <int which>
-  __device__ __forceinline__ bool raise(const float (&s)[kScores], float scale, float (&w)[kScores],
-                                        int buffer) {
-    relate(which, s, scale, w);
+  __device__ __forceinline__ static bool is_too_large(const float (&w)[kScores]) {
     float most[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j)
       most[j] = fmaxf(fmaxf(w[4 * j], w[4 * j + 1]), fmaxf(w[4 * j + 2], w[4 * j + 3]));
-    const float largest = fmaxf(fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3])),
-                                fmaxf(fmaxf(most[4], most[5]), fmaxf(most[6], most[7])));
-    const bool raised = named_any<T::kGroup>(1, largest > kShift + kRoom);
-    if (raised) {
-      raise_references<which>(s, scale, buffer);
-      relate(which, s, scale, w);
-    }
-#pragma unroll
-    for (int x = 0; x < kScores; ++x) w[x] = exp2_(w[x]);
-    return raised;
+    return fmaxf(fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3])),
+                 fmaxf(fmaxf(most[4], most[5]), fmaxf(most[6], most[7]))) > kShift + kRoom;
   }
-  template <int which>
-  __device__ __forceinline__ void raise_references(const float (&s)[kScores], float scale,
-                                                   int buffer) {
+  // Scores relative to references that no weight exceeds too far. True if those had to be raised,
+  // with all sums that hang on them.
+  __device__ __forceinline__ bool raise(int which, const float (&s)[kScores], float scale,
+                                        const Needed& p, float (&w)[kScores], int buffer) {
+    relate(which, s, scale, p, w);
+    if (!named_any<T::kGroup>(1, is_too_large(w))) return false;
+    raise_references(which, s, scale, p, buffer);
+    relate(which, s, scale, p, w);
+    return true;
+  }
+  __device__ __forceinline__ void raise_references(int which, const float (&s)[kScores],
+                                                   float scale, const Needed& p, int buffer) {
     float top[kMine];
 #pragma unroll
     for (int j = 0; j < 8; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        float most = fmaxf(s[4 * j + e], s[4 * j + 2 + e]) * scale;
+        const float bias = e == 0 ? p.bias[j].x : p.bias[j].y;
+        float most = fmaxf(s[4 * j + e], s[4 * j + 2 + e]) * scale + bias;
 #pragma unroll
         for (int bit = 4; bit < 32; bit *= 2)
           most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, bit));
@@ -384,8 +387,8 @@ class WeighHopper {
         for (int w = 0; w < 4; ++w) most = fmaxf(most, sh.column[w][l]);
         top[2 * j + e] = most - kShift;
         const float factor = before == top[2 * j + e] ? 1.f : exp2_(before - top[2 * j + e]);
+        if (which == 0) unit_sum[2 * j + e] *= factor;
         if (which == 0 && use_offsets()) biased_sum[2 * j + e] *= factor;
-        if (which == 1 || !use_offsets()) unit_sum[2 * j + e] *= factor;
         if (which == 0 && warp == 0 && lane < 4) sh.shrink[buffer][l] = factor;
       }
     sync();  // all have read the references that now change
@@ -437,7 +440,6 @@ class WeighHopper {
     sync();
     return whole;
   }
-
   // Whether the thread stores what both blocks know, for local vector `thread`.
   __device__ __forceinline__ bool stores() const {
     return rank == 0 && thread < T::kLocal && first + thread < total;
@@ -446,10 +448,15 @@ class WeighHopper {
   // Table entries of units [unit, end): the first is what has been summed, the others are empty.
   // Before the first unit come the local vectors, which have no entry.
   __device__ __forceinline__ void close_units(int end) {
-    const float whole = sum_columns(unit_sum);
-    if (!use_offsets() && unit_in_loss) loss_sum += whole;
+    float whole = sum_columns(unit_sum), top = sh.reference[0][thread % T::kLocal];
+    if (use_offsets()) {
+      add_to_unit(top, whole);
+      whole = unit_part;
+      top = unit_max;
+    } else if (unit_in_loss) {
+      loss_sum += whole;
+    }
     if (a.incremental) {
-      const float top = sh.reference[use_offsets() ? 1 : 0][thread % T::kLocal];
       const float lse = whole == 0 ? minus_infinity<float>() : (top + log2f(whole)) * kLn2;
       for (int u = max(unit, first_unit); u < end; ++u)
         if (stores())
@@ -457,7 +464,16 @@ class WeighHopper {
     }
 #pragma unroll
     for (int x = 0; x < kMine; ++x) unit_sum[x] = 0;
+    unit_part = 0;
+    unit_max = minus_infinity<float>();
     unit = end;
+  }
+  // With offsets: a sum relative to 2^top.
+  __device__ __forceinline__ void add_to_unit(float top, float sum) {
+    if (sum == 0) return;
+    const float both = fmaxf(unit_max, top);
+    unit_part = unit_part * exp2_(unit_max - both) + sum * exp2_(top - both);
+    unit_max = both;
   }
 
   __device__ __forceinline__ void store_sums() {
@@ -466,21 +482,6 @@ class WeighHopper {
     const int64_t to = int64_t(split) * total + first + thread;
     a.part_max[to] = sh.reference[0][thread] * kLn2;
     a.part_sum[to] = loss_sum;
-  }
-
-  // The tile's probability mass: the weight of its offset. Query side: its logarithm, base 2.
-  __device__ __forceinline__ void store_mass(const SlotTile& t, const float (&w)[kScores]) {
-    float mine[kMine] = {};
-    accumulate(w, mine);
-    const float whole = sum_columns(mine);
-    if (!stores()) return;
-    const int64_t group_of_slots =
-        int64_t(mass_index(a, ring, t.slot)) * (kQuerySide ? int(a.m) : 1) + t.kind;
-    const int64_t to = group_of_slots * total + first + thread;
-    if constexpr (kQuerySide)
-      a.query_mass[to] = sh.reference[0][thread] + log2f(whole);
-    else
-      a.passage_mass[to] = whole * exp2_(-kShift);
   }
 
   const Args<S>& a;
@@ -493,7 +494,9 @@ class WeighHopper {
   // By local vector, over the thread's bank vectors: of the unit, without offsets; of all, with
   // them.
   float unit_sum[kMine] = {}, biased_sum[kMine] = {};
-  float loss_sum = 0;  // of local vector `thread`, over all bank vectors
+  // Of local vector `thread`: with offsets, what of the unit is relative to 2^unit_max instead of
+  // the loss's references; the sum over all bank vectors.
+  float unit_part = 0, unit_max = minus_infinity<float>(), loss_sum = 0;
 };
 
 }  // namespace contaccum
