@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -107,10 +108,10 @@ def test_a_checkpoint_from_elsewhere_is_found_where_the_callback_is_told(start, 
 
 
 def test_banks_that_cannot_be_found_are_not_replaced_by_empty_ones(start, saved, tmp_path):
-    copy = tmp_path / "run"
-    shutil.copytree(saved, copy)
-    (copy / "checkpoint-3" / FILE).unlink()
-    run = trainer(start, copy, LOSSES["plain"])
+    there = tmp_path / "run"
+    shutil.copytree(saved, there)
+    (there / "checkpoint-3" / FILE).unlink()
+    run = trainer(start, there, LOSSES["plain"])
     with pytest.raises(RuntimeError, match=r"goes on from step 3.*no such file.*resume=None"):
         run.train(resume_from_checkpoint=True)
 
@@ -139,18 +140,18 @@ def test_banks_saved_with_other_settings_are_refused(start, saved, make_loss, sa
 
 
 def test_a_later_format_is_refused(start, saved, tmp_path):
-    copy = tmp_path / "run"
-    shutil.copytree(saved, copy)
-    file = copy / "checkpoint-3" / FILE
+    there = tmp_path / "run"
+    shutil.copytree(saved, there)
+    file = there / "checkpoint-3" / FILE
     torch.save(torch.load(file, weights_only=True) | {"format": 2}, file)
     with pytest.raises(RuntimeError, match="expected format 1, got 2"):
-        trainer(start, copy, LOSSES["plain"]).train(resume_from_checkpoint=True)
+        trainer(start, there, LOSSES["plain"]).train(resume_from_checkpoint=True)
 
 
 def test_a_write_that_fails_leaves_the_checkpoint_as_it_was(start, saved, tmp_path, monkeypatch):
-    copy = tmp_path / "checkpoint-3"
-    shutil.copytree(saved / "checkpoint-3", copy)
-    before = {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()}
+    there = tmp_path / "checkpoint-3"
+    shutil.copytree(saved / "checkpoint-3", there)
+    before = {path.name: path.read_bytes() for path in there.iterdir() if path.is_file()}
 
     def half(content, file):
         file.write(b"half")
@@ -162,7 +163,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_as_it_was(start, saved, tmp_pa
     callback = ContAccumCallback(run.loss)
     with pytest.raises(OSError, match="no space left"):
         callback.on_save(run.args, run.state, run.control, model=run.model)
-    assert {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()} == before
+    assert {path.name: path.read_bytes() for path in there.iterdir() if path.is_file()} == before
 
 
 def test_every_process_has_a_file_of_its_own(start, saved, monkeypatch):
@@ -174,6 +175,27 @@ def test_every_process_has_a_file_of_its_own(start, saved, monkeypatch):
     file = saved / "checkpoint-3" / "contaccum_banks_2.pt"
     assert file.is_file()
     file.unlink()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_weights_are_told_apart_by_any_one_of_them(dtype):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 3)).to(dtype)
+    twin = copy.deepcopy(model)
+    assert callback_module._fingerprint(twin) == callback_module._fingerprint(model)
+    with torch.no_grad():
+        twin[1].bias[2] = torch.nextafter(twin[1].bias[2], torch.tensor(9.0).to(dtype))
+    assert callback_module._fingerprint(twin) != callback_module._fingerprint(model)
+    swapped = torch.nn.Sequential(model[1], model[0])
+    assert callback_module._fingerprint(swapped) != callback_module._fingerprint(model)
+
+
+def test_a_checkpoint_that_is_not_where_it_should_be_gets_no_banks(start, tmp_path, caplog):
+    run = trainer(start, tmp_path, LOSSES["plain"])
+    run.state.global_step = 99
+    ContAccumCallback(run.loss).on_save(run.args, run.state, run.control, model=run.model)
+    assert "checkpoint-99 does not exist: the banks are not saved" in caplog.text
+    assert not (tmp_path / "checkpoint-99").exists()
 
 
 def test_checkpoints_of_weights_alone_get_no_banks(start, tmp_path):

@@ -113,6 +113,21 @@ def test_an_automatic_bank_is_eight_updates_at_most_the_training_set(
     assert memory(run).banks["16x1"].capacity == capacity
 
 
+def test_a_streamed_training_set_has_no_size(start, tmp_path):
+    data = dataset(40).to_iterable_dataset()
+    options = {"max_steps": 1, "save_strategy": "no"}
+    run = trainer(start, tmp_path, ContAccumLoss, data=data, **options)
+    run.train()
+    assert memory(run).banks["16x1"].capacity == 8 * BATCH * ACCUMULATION
+
+
+def test_a_batch_size_found_by_trial_counts(start, tmp_path):
+    run = trainer(start, tmp_path, ContAccumLoss, auto_find_batch_size=True)
+    run.state.train_batch_size = 1  # four had been too many
+    ContAccumCallback(run.loss).on_train_begin(run.args, run.state, run.control, model=run.model)
+    assert memory(run).capacity == 8 * 1 * ACCUMULATION
+
+
 def test_a_new_run_begins_with_empty_banks(start, tmp_path):
     run = trainer(start, tmp_path, ContAccumLoss, max_steps=1, save_strategy="no")
     for _ in range(2):
