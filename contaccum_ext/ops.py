@@ -23,6 +23,12 @@ banked_loss_ = torch.ops.contaccum_ext.banked_loss_.default
 scaled_gradients = torch.ops.contaccum_ext.scaled_gradients.default
 
 
+def op_runs_on(device: torch.device) -> bool:
+    """Whether the loss has a kernel for this kind of device."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type, device.type)
+    return torch._C._dispatch_has_kernel_for_dispatch_key("contaccum_ext::banked_loss_", key)
+
+
 @torch.library.register_fake("contaccum_ext::banked_loss_")
 def _(queries, passages, passage_ids, bank_queries, *rest):
     acc = accumulation_dtype(bank_queries.dtype)

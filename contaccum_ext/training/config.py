@@ -12,12 +12,8 @@ from typing import Any
 
 import yaml
 
+from contaccum_ext.bank_size import AUTO_BANK_UPDATES, auto_bank_size, width_warnings
 from contaccum_ext.training.methods import METHODS
-
-# Units of `bank_size: auto` and of the warnings: slots filled during one optimizer update (n * K).
-AUTO_BANK_UPDATES = 8
-WIDEST_CORRECTED_BANK_UPDATES = 16
-WIDEST_PLAIN_BANK_UPDATES = 2
 
 
 class ConfigError(ValueError):
@@ -159,7 +155,7 @@ class TrainConfig:
         """Slots of the bank for a training set of this many queries."""
         if isinstance(self.bank_size, int):
             return self.bank_size
-        return min(AUTO_BANK_UPDATES * self.update_size, training_queries)
+        return auto_bank_size(self.update_size, training_queries)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by key, as `from_mapping` reads them."""
@@ -241,20 +237,4 @@ def bank_warnings(config: TrainConfig, capacity: int) -> list[str]:
     """
     if not METHODS[config.method].banks:
         return []
-    updates = capacity / config.update_size
-    age = f"bank_size {capacity} keeps vectors up to {updates:.0f} updates old"
-    if config.drift == "none" and updates > WIDEST_PLAIN_BANK_UPDATES:
-        safe = WIDEST_PLAIN_BANK_UPDATES * config.update_size
-        return [
-            f"{age} with drift=none: the model can lower its loss by moving new vectors away from "
-            f"old ones instead of learning content, and retrieval quality may collapse; set "
-            f"drift=mean, or bank_size to at most {safe}"
-        ]
-    if updates > WIDEST_CORRECTED_BANK_UPDATES:
-        safe = WIDEST_CORRECTED_BANK_UPDATES * config.update_size
-        return [
-            f"{age}: drift=mean corrects the shift of the mean only, and over so many updates the "
-            f"rest of the drift costs retrieval quality; set bank_size to at most {safe} "
-            f"(auto uses {AUTO_BANK_UPDATES * config.update_size}), or lower learning_rate"
-        ]
-    return []
+    return width_warnings(capacity, config.update_size, config.drift)

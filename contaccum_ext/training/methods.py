@@ -21,18 +21,13 @@ from torch import Tensor
 
 from contaccum_ext.bank import DualMemoryBank
 from contaccum_ext.functional import contaccum_loss
+from contaccum_ext.ops import op_runs_on
 
 if TYPE_CHECKING:
     from contaccum_ext.training.config import TrainConfig
     from contaccum_ext.training.data import Batch
 
 Encode = Callable[["Batch"], tuple[Tensor, Tensor]]
-
-
-def op_runs_on(device: torch.device) -> bool:
-    """Whether the loss has a kernel for this kind of device."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type, device.type)
-    return torch._C._dispatch_has_kernel_for_dispatch_key("contaccum_ext::banked_loss_", key)
 
 
 class Method:

@@ -1,0 +1,48 @@
+"""How many slots a bank should have: what `auto` means, and when to warn.
+
+The measure is the update, the n * K examples between two steps of the optimizer: a bank of u
+updates holds vectors of models up to u steps old, whatever its number of slots.
+"""
+
+from __future__ import annotations
+
+AUTO_BANK_UPDATES = 8
+WIDEST_CORRECTED_BANK_UPDATES = 16
+WIDEST_PLAIN_BANK_UPDATES = 2
+
+
+def auto_bank_size(update_size: int, training_queries: int | None = None) -> int:
+    """Slots of an automatic bank: eight updates' worth, at most one for each training query.
+
+    Args:
+        update_size: examples per optimizer update, n * K.
+        training_queries: size of the training set; None if unknown.
+    """
+    slots = AUTO_BANK_UPDATES * update_size
+    return slots if training_queries is None else min(slots, training_queries)
+
+
+def width_warnings(capacity: int, update_size: int, drift: str) -> list[str]:
+    """What to expect of a bank that is too wide for its drift correction, in words.
+
+    Args:
+        capacity: slots of the bank.
+        update_size: examples per optimizer update, n * K.
+        drift: "none" or "mean", as in ``DualMemoryBank``.
+    """
+    updates = capacity / update_size
+    age = f"bank_size {capacity} keeps vectors up to {updates:.0f} updates old"
+    if drift == "none" and updates > WIDEST_PLAIN_BANK_UPDATES:
+        return [
+            f"{age} with drift=none: the model can lower its loss by moving new vectors away from "
+            f"old ones instead of learning content, and retrieval quality may collapse; set "
+            f"drift=mean, or bank_size to at most {WIDEST_PLAIN_BANK_UPDATES * update_size}"
+        ]
+    if updates > WIDEST_CORRECTED_BANK_UPDATES:
+        return [
+            f"{age}: drift=mean corrects the shift of the mean only, and over so many updates the "
+            f"rest of the drift costs retrieval quality; set bank_size to at most "
+            f"{WIDEST_CORRECTED_BANK_UPDATES * update_size} "
+            f"(auto uses {AUTO_BANK_UPDATES * update_size}), or lower learning_rate"
+        ]
+    return []

@@ -1,0 +1,1 @@
+"""Contrastive accumulation inside other libraries' training loops."""

@@ -1,0 +1,229 @@
+"""The banks' part in a run of the Trainer: their size, their place in checkpoints, the log."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from contaccum_ext.bank_size import width_warnings
+from contaccum_ext.integrations.sentence_transformers.memory import BankMemory
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+
+
+class ContAccumCallback(TrainerCallback):
+    """Makes the banks of a loss part of the training state.
+
+    - A run begins with empty banks; those of size "auto" learn how large an update is.
+    - Each checkpoint gets the banks, in a file that is complete or not there. Resuming from it
+      restores them, and training goes on as if it had never stopped.
+    - Banks too wide for their drift correction are warned of; filled slots are in the log.
+
+    Args:
+        loss: the loss given to the Trainer: one of this package's, a loss around it, or a dict.
+        resume: where a resumed run finds its banks. "auto": in the checkpoint
+            ``output_dir/checkpoint-N``, or in ``args.resume_from_checkpoint``; otherwise the
+            directory given to ``train(resume_from_checkpoint=...)``; None: begin with empty banks.
+
+    Raises:
+        ValueError: the loss has no banks.
+        RuntimeError: when training begins, the checkpoint has no banks, or those of other weights,
+            or of a loss with other settings.
+    """
+
+    def __init__(
+        self, loss: nn.Module | Mapping[str, nn.Module], resume: str | Path | None = "auto"
+    ) -> None:
+        self.resume = resume
+        self.memories = _memories(loss)
+        if not self.memories:
+            raise ValueError(
+                f"loss: expected a ContAccumLoss, a CachedContAccumLoss or a loss around one, "
+                f"got {type(loss).__name__}"
+            )
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        train_dataloader: DataLoader | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Empty the banks and size them, or restore them."""
+        # A search for the batch size that fits in memory leaves its result in the state.
+        batch = state.train_batch_size if args.auto_find_batch_size else args.train_batch_size
+        update_size = (batch or args.train_batch_size) * args.gradient_accumulation_steps
+        for memory in self.memories.values():
+            memory.begin_run(update_size, _length(train_dataloader))
+        self._warn(update_size)
+        if state.global_step and self.resume is not None and self._have_banks():
+            assert model is not None  # the Trainer gives it
+            self._restore(self._candidates(args, state), state.global_step, model)
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the banks to the checkpoint that the Trainer has just written."""
+        directory = _checkpoint(args, state)
+        # Without the optimizer's state it is no checkpoint that training could go on from.
+        if args.save_only_model or not self._have_banks():
+            return
+        if not directory.is_dir():  # a hyperparameter search has directories of its own
+            logger.warning(f"{directory} does not exist: the banks are not saved")
+            return
+        assert model is not None  # the Trainer gives it
+        content = {
+            "format": _FORMAT,
+            "weights": _fingerprint(model),
+            "banks": {name: memory.state_dict() for name, memory in self.memories.items()},
+        }
+        _write_atomically(directory / _file_name(args), content)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the number of filled slots to the lines about training."""
+        if logs is None or "loss" not in logs or not state.log_history:
+            return
+        filled = {
+            f"{name}.{shape}": slots
+            for name, memory in self.memories.items()
+            for shape, slots in memory.filled().items()
+        }
+        for name, slots in filled.items():
+            key = "bank_filled" if len(filled) == 1 else f"bank_filled_{name.lstrip('.')}"
+            logs[key] = state.log_history[-1][key] = slots
+
+    def _have_banks(self) -> bool:
+        return any(memory.capacity for memory in self.memories.values())
+
+    def _warn(self, update_size: int) -> None:
+        for memory in self.memories.values():
+            if memory.capacity:
+                drift = memory.settings.drift
+                for message in width_warnings(memory.capacity, update_size, drift):
+                    logger.warning(message)
+
+    def _candidates(self, args: TrainingArguments, state: TrainerState) -> list[Path]:
+        """Files that may hold the banks. The Trainer does not tell where it has resumed from."""
+        if self.resume != "auto":
+            return [Path(str(self.resume)) / _file_name(args)]
+        directories = [_checkpoint(args, state)]
+        if args.resume_from_checkpoint:
+            directories.append(Path(args.resume_from_checkpoint))
+        return [directory / _file_name(args) for directory in directories]
+
+    def _restore(self, candidates: list[Path], step: int, model: nn.Module) -> None:
+        weights, reasons = _fingerprint(model), []
+        for path in candidates:
+            if not path.is_file():
+                reasons.append(f"{path}: no such file")
+                continue
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if content.get("format") != _FORMAT:
+                reasons.append(f"{path}: expected format {_FORMAT}, got {content.get('format')}")
+            elif content["weights"] != weights:
+                reasons.append(f"{path}: saved with other weights than those resumed from")
+            else:
+                self._load(path, content["banks"])
+                return
+        raise RuntimeError(
+            f"resume: the run goes on from step {step}, but its banks were not found "
+            f"({'; '.join(reasons)}). Give ContAccumCallback the checkpoint's directory as "
+            f"`resume`, or resume=None to go on with empty banks."
+        )
+
+    def _load(self, path: Path, banks: dict[str, dict[str, Any]]) -> None:
+        if banks.keys() != self.memories.keys():
+            raise RuntimeError(
+                f"{path}: expected the banks of {sorted(self.memories)}, got {sorted(banks)}"
+            )
+        for name, memory in self.memories.items():
+            try:
+                memory.load_state_dict(banks[name])
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"{path}: the banks were saved with other settings than this run's: {error}"
+                ) from None
+            logger.info(f"Banks restored from {path}: {memory.filled()} slots filled")
+
+
+def _memories(loss: nn.Module | Mapping[str, nn.Module]) -> dict[str, BankMemory]:
+    """The banks of a loss, of losses inside it or of a dict of losses, by where they are."""
+    losses = loss if isinstance(loss, Mapping) else {"": loss}
+    return {
+        f"{name}.{place}".strip("."): module
+        for name, part in losses.items()
+        for place, module in part.named_modules()
+        if isinstance(module, BankMemory)
+    }
+
+
+def _length(dataloader: DataLoader | None) -> int | None:
+    """Rows of the training set; None where nobody knows."""
+    try:
+        return len(dataloader.dataset)  # type: ignore[union-attr, arg-type]
+    except (AttributeError, TypeError):
+        return None
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+
+
+def _file_name(args: TrainingArguments) -> str:
+    """Every process has banks of its own."""
+    rank = f"_{args.process_index}" if args.world_size > 1 else ""
+    return f"contaccum_banks{rank}.pt"
+
+
+@torch.no_grad()
+def _fingerprint(model: nn.Module) -> int:
+    """A number for the weights: 64 bits, the same on every device, cheap beside saving them."""
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+    sums = [p.detach().view(integers[p.dtype.itemsize]).sum() for p in model.parameters()]
+    total = 0
+    for value in torch.stack([s.cpu() for s in sums]).tolist():
+        total = (total * 6364136223846793005 + value) % 2**64
+    return total
+
+
+def _write_atomically(path: Path, content: dict[str, Any]) -> None:
+    """The file is at every moment the old one, if there was one, or the new one, complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the new name, too, survives a power failure
+    finally:
+        os.close(directory)

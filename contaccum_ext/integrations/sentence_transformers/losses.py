@@ -1,0 +1,221 @@
+"""Memory banks for two losses of sentence-transformers: with and without gradient caching."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
+from sentence_transformers.util import cos_sim, dot_score
+from torch import Tensor, nn
+
+from contaccum_ext.integrations.sentence_transformers.identity import text_ids
+from contaccum_ext.integrations.sentence_transformers.memory import BankMemory, BankSettings
+
+Similarity = Callable[[Tensor, Tensor], Tensor]
+
+CITATION = """
+@inproceedings{kim2024contaccum,
+    title = {A Gradient Accumulation Method for Dense Retriever under Memory Constraint},
+    author = {Jaehee Kim and Yukyung Lee and Pilsung Kang},
+    booktitle = {Advances in Neural Information Processing Systems},
+    year = {2024},
+    url = {https://arxiv.org/abs/2406.12356},
+}
+"""
+
+
+class _Banked(nn.Module):
+    """What both losses add to the loss of sentence-transformers that they come from."""
+
+    model: SentenceTransformer
+    scale: float
+    similarity_fct: Similarity
+    memory: BankMemory
+    _identities: list[Tensor | None]
+
+    def _add_memory(
+        self, bank_size: int | str, drift: str, row_weighting: str, mask_duplicates: bool
+    ) -> None:
+        if self.similarity_fct not in (cos_sim, dot_score):
+            name = getattr(self.similarity_fct, "__name__", repr(self.similarity_fct))
+            raise ValueError(
+                f"similarity_fct: expected cos_sim or dot_score of sentence_transformers.util, "
+                f"got {name}: scores of banked vectors are inner products"
+            )
+        normalize = self.similarity_fct is cos_sim
+        self.memory = BankMemory(
+            BankSettings(bank_size, drift, row_weighting, mask_duplicates, normalize)
+        )
+        self._identities = []
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        """() loss of a batch; `sentence_features` has one entry per column, `labels` is unused."""
+        columns = list(sentence_features)
+        if self.memory.settings.mask_duplicates and self._uses_banks():
+            # Before the model runs: its modules may change the features that they are given.
+            self._identities = [text_ids(features) for features in columns[1:]]
+        try:
+            return super().forward(columns, labels)
+        finally:
+            self._identities = []
+
+    def _loss_of(self, columns: list[Tensor]) -> Tensor:
+        identities = self._identities or [None] * (len(columns) - 1)
+        return self.memory(columns, identities, self.scale, self._uses_banks())
+
+    def _uses_banks(self) -> bool:
+        """Whether this is training, and of the whole model."""
+        if not (self.model.training and torch.is_grad_enabled()):
+            return False
+        # AdaptiveLayerLoss asks for the loss of other layers too, a few drawn for each batch. Their
+        # vectors must not enter the last layer's bank, and banks of their own would fill so rarely
+        # that they would always be stale.
+        parts = self.model.modules()
+        encoder = next(part for part in parts if isinstance(part, SentenceTransformer))[0]
+        return getattr(encoder.forward, "layer_idx", None) is None
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Settings for the model card."""
+        settings = self.memory.settings
+        return {
+            "scale": self.scale,
+            "similarity_fct": self.similarity_fct.__name__,
+            "bank_size": settings.size,
+            "drift": settings.drift,
+            "row_weighting": settings.row_weighting,
+            "mask_duplicates": settings.mask_duplicates,
+        }
+
+
+class ContAccumLoss(_Banked, MultipleNegativesRankingLoss):
+    """MultipleNegativesRankingLoss against memory banks of earlier micro-batches (ContAccum).
+
+    A batch is scored against itself and against the last `bank_size` rows that this process has
+    seen, queries and passages; then it takes the place of the oldest. Banks live across gradient
+    accumulation and across optimizer steps. The columns are those of MultipleNegativesRankingLoss:
+    (anchor, positive) or (anchor, positive, negative_1, ..., negative_k). Without banks it is
+    ``contaccum_ext.contaccum_loss(anchor, stack([positive, *negatives], 1), temperature=1 /
+    scale)`` of normalized embeddings, which is MultipleNegativesRankingLoss.
+
+    While the model is in ``eval()`` or gradients are off, banks are neither read nor written,
+    nothing is masked, and the value is that of MultipleNegativesRankingLoss.
+
+    Args:
+        model: encodes the columns; one encoder or a Router.
+        scale: similarities are multiplied by it; 1 / temperature.
+        similarity_fct: ``cos_sim`` or ``dot_score`` of ``sentence_transformers.util``.
+        bank_size: slots, each a row of the data set; 0 for no bank; "auto" for eight updates'
+            worth, 8 * per_device_train_batch_size * gradient_accumulation_steps, at most the
+            training set. That needs ``ContAccumCallback``; without it "auto" is 1,024.
+        drift: "mean" corrects old vectors by the shift of their mean, "none" does not.
+        row_weighting: "local" weights every row 1/n, "all" 1/(n + filled slots) as in the paper.
+        mask_duplicates: leave a passage out of a row's negatives if its tokens are those of the
+            row's positive. Texts truncated to the same tokens count as the same.
+
+    Under ``MatryoshkaLoss`` each size of embedding has its own bank; under ``AdaptiveLayerLoss``
+    the last layer has banks and the other layers, drawn now and then, are trained in-batch.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: ContAccum, arXiv 2406.12356, equations 5-9.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        scale: float = 20.0,
+        similarity_fct: Similarity = cos_sim,
+        bank_size: int | str = "auto",
+        drift: str = "mean",
+        row_weighting: str = "local",
+        mask_duplicates: bool = True,
+    ) -> None:
+        super().__init__(_checked(model), scale, similarity_fct)
+        self._add_memory(bank_size, drift, row_weighting, mask_duplicates)
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        """() loss of embeddings (n, d), one per column; `labels` is unused."""
+        return self._loss_of(embeddings)
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the method."""
+        return CITATION
+
+
+class CachedContAccumLoss(_Banked, CachedMultipleNegativesRankingLoss):
+    """ContAccumLoss with gradient caching: large batches and banks in the memory of a mini-batch.
+
+    The batch is encoded in mini-batches without gradients; one call of the op gives the loss and
+    the gradients with respect to all embeddings; then each mini-batch is encoded again, with the
+    same dropout, to pass them on. Equal to ContAccumLoss on the whole batch, dropout aside, and
+    with bank_size=0 to CachedMultipleNegativesRankingLoss. AdaptiveLayerLoss does not work with
+    gradient caching.
+
+    Args:
+        model, scale, similarity_fct, bank_size, drift, row_weighting, mask_duplicates: as in
+            ContAccumLoss.
+        mini_batch_size: rows encoded at a time.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Sources: ContAccum, arXiv 2406.12356; GradCache, arXiv 2101.06983.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        scale: float = 20.0,
+        similarity_fct: Similarity = cos_sim,
+        mini_batch_size: int = 32,
+        bank_size: int | str = "auto",
+        drift: str = "mean",
+        row_weighting: str = "local",
+        mask_duplicates: bool = True,
+    ) -> None:
+        super().__init__(_checked(model), scale, similarity_fct, mini_batch_size)
+        self._add_memory(bank_size, drift, row_weighting, mask_duplicates)
+
+    def calculate_loss(
+        self,
+        reps: list[list[Tensor]],
+        labels: Tensor | None = None,
+        *,
+        with_backward: bool = False,
+    ) -> Tensor:
+        """() loss of embeddings given per column and mini-batch, (mini-batch size, d) each.
+
+        Args:
+            reps: leaves that require grad, if `with_backward`.
+            labels: unused.
+            with_backward: give the embeddings their gradients, which the op has computed already,
+                and return the loss detached.
+        """
+        loss = self._loss_of([torch.cat(minibatches) for minibatches in reps])
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Settings for the model card."""
+        return {**super().get_config_dict(), "mini_batch_size": self.mini_batch_size}
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of both methods."""
+        return CITATION + super().citation
+
+
+def _checked(model: SentenceTransformer) -> SentenceTransformer:
+    if not any(isinstance(part, SentenceTransformer) for part in model.modules()):
+        raise TypeError(f"model: expected a SentenceTransformer, got {type(model).__name__}")
+    return model

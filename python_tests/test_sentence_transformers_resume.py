@@ -1,0 +1,204 @@
+"""Banks in the Trainer's checkpoints: resuming goes on to the bit, anything else is refused."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+pytest.importorskip("datasets", reason="the Trainer needs datasets")
+
+
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from tiny_sentence_transformer import (
+    assert_same_bits,
+    dataset,
+    losses_of,
+    memory,
+    trainer,
+    weights,
+)
+
+from contaccum_ext.integrations.sentence_transformers import (
+    CachedContAccumLoss,
+    ContAccumCallback,
+    ContAccumLoss,
+)
+from contaccum_ext.integrations.sentence_transformers import callback as callback_module
+
+FILE = "contaccum_banks.pt"
+
+LOSSES = {
+    "plain": lambda m: ContAccumLoss(m, bank_size=24),
+    "cached": lambda m: CachedContAccumLoss(m, bank_size=24, mini_batch_size=3),
+    "matryoshka": lambda m: MatryoshkaLoss(m, ContAccumLoss(m, bank_size=24), [16, 8]),
+    "cached_matryoshka": lambda m: MatryoshkaLoss(
+        m, CachedContAccumLoss(m, bank_size=24, mini_batch_size=3), [16, 8]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_resumed_run_ends_as_the_uninterrupted_one(two_layers, tmp_path, kind):
+    """With dropout, whose random state the Trainer restores; three columns."""
+    data = dataset(40, 1)
+    whole = trainer(two_layers, tmp_path / "whole", LOSSES[kind], data=data)
+    whole.train()
+    broken = trainer(two_layers, tmp_path / "broken", LOSSES[kind], data=data, max_steps=3)
+    broken.train()
+    resumed = trainer(two_layers, tmp_path / "broken", LOSSES[kind], data=data)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses_of(resumed) == losses_of(whole)
+    assert_same_bits(weights(resumed), weights(whole))
+    for ours, theirs in zip(
+        ContAccumCallback(resumed.loss).memories.values(),
+        ContAccumCallback(whole.loss).memories.values(),
+        strict=True,
+    ):
+        assert ours.filled() == theirs.filled() != {}
+        theirs = theirs.banks.state_dict()
+        assert_same_bits(ours.banks.state_dict(), theirs)
+
+
+def test_without_its_bank_the_resumed_run_would_end_elsewhere(start, tmp_path):
+    """What the two tests around this one rely on."""
+    whole = trainer(start, tmp_path / "run", LOSSES["plain"])
+    whole.train()
+    without = trainer(
+        start, tmp_path / "run", LOSSES["plain"], lambda loss: ContAccumCallback(loss, resume=None)
+    )
+    without.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert losses_of(without)[3:] != losses_of(whole)[3:]
+
+
+@pytest.fixture(scope="module")
+def saved(start, tmp_path_factory) -> Path:
+    """The output directory of a run stopped after three steps."""
+    output = tmp_path_factory.mktemp("saved") / "run"
+    trainer(start, output, LOSSES["plain"], max_steps=3).train()
+    return output
+
+
+def test_a_checkpoint_from_elsewhere_is_found_where_the_callback_is_told(start, saved, tmp_path):
+    elsewhere = tmp_path / "moved"
+    shutil.copytree(saved / "checkpoint-3", elsewhere)
+    run = trainer(
+        start,
+        tmp_path / "new",
+        LOSSES["plain"],
+        lambda loss: ContAccumCallback(loss, resume=elsewhere),
+        max_steps=4,
+    )
+    run.train(resume_from_checkpoint=str(elsewhere))
+    assert memory(run).filled() == {"16x1": 24}
+    named = trainer(
+        start,
+        tmp_path / "other",
+        LOSSES["plain"],
+        max_steps=4,
+        resume_from_checkpoint=str(elsewhere),
+    )
+    named.train(resume_from_checkpoint=named.args.resume_from_checkpoint)
+    assert_same_bits(weights(named), weights(run))
+
+
+def test_banks_that_cannot_be_found_are_not_replaced_by_empty_ones(start, saved, tmp_path):
+    there = tmp_path / "run"
+    shutil.copytree(saved, there)
+    (there / "checkpoint-3" / FILE).unlink()
+    run = trainer(start, there, LOSSES["plain"])
+    with pytest.raises(RuntimeError, match=r"goes on from step 3.*no such file.*resume=None"):
+        run.train(resume_from_checkpoint=True)
+
+
+def test_the_banks_of_other_weights_are_refused(start, saved, tmp_path):
+    other = tmp_path / "other"
+    trainer(start, other, LOSSES["plain"], max_steps=3, learning_rate=2e-3).train()
+    # The new run's own directory holds a checkpoint of the same step, with other weights.
+    run = trainer(start, other, LOSSES["plain"])
+    with pytest.raises(RuntimeError, match="saved with other weights than those resumed from"):
+        run.train(resume_from_checkpoint=str(saved / "checkpoint-3"))
+
+
+@pytest.mark.parametrize(
+    ("make_loss", "says"),
+    [
+        (lambda m: ContAccumLoss(m, bank_size=32), "bank_size: expected 32, got 24"),
+        (lambda m: ContAccumLoss(m, bank_size=24, drift="none"), "drift: expected 'none'"),
+        (LOSSES["matryoshka"], r"expected the banks of \['loss.memory'\], got \['memory'\]"),
+    ],
+)
+def test_banks_saved_with_other_settings_are_refused(start, saved, make_loss, says):
+    run = trainer(start, saved, make_loss, save_strategy="no")
+    with pytest.raises(RuntimeError, match=says):
+        run.train(resume_from_checkpoint=str(saved / "checkpoint-3"))
+
+
+def test_a_later_format_is_refused(start, saved, tmp_path):
+    there = tmp_path / "run"
+    shutil.copytree(saved, there)
+    file = there / "checkpoint-3" / FILE
+    torch.save(torch.load(file, weights_only=True) | {"format": 2}, file)
+    with pytest.raises(RuntimeError, match="expected format 1, got 2"):
+        trainer(start, there, LOSSES["plain"]).train(resume_from_checkpoint=True)
+
+
+def test_a_write_that_fails_leaves_the_checkpoint_as_it_was(start, saved, tmp_path, monkeypatch):
+    there = tmp_path / "checkpoint-3"
+    shutil.copytree(saved / "checkpoint-3", there)
+    before = {path.name: path.read_bytes() for path in there.iterdir() if path.is_file()}
+
+    def half(content, file):
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(callback_module.torch, "save", half)
+    run = trainer(start, tmp_path, LOSSES["plain"])
+    run.state.global_step = 3
+    callback = ContAccumCallback(run.loss)
+    with pytest.raises(OSError, match="no space left"):
+        callback.on_save(run.args, run.state, run.control, model=run.model)
+    assert {path.name: path.read_bytes() for path in there.iterdir() if path.is_file()} == before
+
+
+def test_every_process_has_a_file_of_its_own(start, saved, monkeypatch):
+    run = trainer(start, saved, LOSSES["plain"])
+    monkeypatch.setattr(type(run.args), "world_size", 4)
+    monkeypatch.setattr(type(run.args), "process_index", 2)
+    run.state.global_step = 3
+    ContAccumCallback(run.loss).on_save(run.args, run.state, run.control, model=run.model)
+    file = saved / "checkpoint-3" / "contaccum_banks_2.pt"
+    assert file.is_file()
+    file.unlink()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_weights_are_told_apart_by_any_one_of_them(dtype):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 3)).to(dtype)
+    twin = copy.deepcopy(model)
+    assert callback_module._fingerprint(twin) == callback_module._fingerprint(model)
+    with torch.no_grad():
+        twin[1].bias[2] = torch.nextafter(twin[1].bias[2], torch.tensor(9.0).to(dtype))
+    assert callback_module._fingerprint(twin) != callback_module._fingerprint(model)
+    swapped = torch.nn.Sequential(model[1], model[0])
+    assert callback_module._fingerprint(swapped) != callback_module._fingerprint(model)
+
+
+def test_a_checkpoint_that_is_not_where_it_should_be_gets_no_banks(start, tmp_path, caplog):
+    run = trainer(start, tmp_path, LOSSES["plain"])
+    run.state.global_step = 99
+    ContAccumCallback(run.loss).on_save(run.args, run.state, run.control, model=run.model)
+    assert "checkpoint-99 does not exist: the banks are not saved" in caplog.text
+    assert not (tmp_path / "checkpoint-99").exists()
+
+
+def test_checkpoints_of_weights_alone_get_no_banks(start, tmp_path):
+    trainer(start, tmp_path, LOSSES["plain"], max_steps=3, save_only_model=True).train()
+    assert (tmp_path / "checkpoint-3" / "model.safetensors").is_file()
+    assert not (tmp_path / "checkpoint-3" / FILE).exists()

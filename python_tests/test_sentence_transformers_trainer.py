@@ -1,0 +1,208 @@
+"""The losses in SentenceTransformerTrainer: sizes, evaluation, log, model card."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+
+pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+pytest.importorskip("datasets", reason="the Trainer needs datasets")
+
+
+from datasets import Dataset
+from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from tiny_sentence_transformer import (
+    ACCUMULATION,
+    BATCH,
+    STEPS,
+    arguments,
+    assert_same_bits,
+    bank_state,
+    dataset,
+    load,
+    losses_of,
+    memory,
+    trainer,
+    weights,
+)
+
+from contaccum_ext.integrations.sentence_transformers import (
+    CachedContAccumLoss,
+    ContAccumCallback,
+    ContAccumLoss,
+)
+
+
+@pytest.mark.parametrize("prompts", [None, {"anchor": "who is: ", "positive": "it is: "}])
+def test_without_a_bank_training_is_that_of_the_replaced_loss(start, tmp_path, prompts):
+    make = lambda m: ContAccumLoss(m, bank_size=0)  # noqa: E731
+    ours = trainer(start, tmp_path / "ours", make, prompts=prompts)
+    theirs = trainer(
+        start, tmp_path / "theirs", MultipleNegativesRankingLoss, callback=False, prompts=prompts
+    )
+    for run in (ours, theirs):
+        run.train()
+    assert len(losses_of(ours)) == STEPS
+    # A loss is a difference of numbers up to 20, each with a handful of roundings to 24 bits. From
+    # the second update on the weights differ, too: Adam magnifies the smallest gradients' rounding.
+    assert losses_of(ours)[0] == pytest.approx(losses_of(theirs)[0], abs=8 * 20 * 2**-24)
+    assert losses_of(ours) == pytest.approx(losses_of(theirs), rel=1e-3)
+    assert not (tmp_path / "ours" / "checkpoint-3" / "contaccum_banks.pt").exists()
+
+
+@pytest.mark.parametrize("negatives", [0, 2])
+def test_eval_loss_is_that_of_the_replaced_loss_and_leaves_the_bank(start, tmp_path, negatives):
+    data = dataset(24, negatives)
+    # A duplicate in the evaluation set: masked in training, not in this number.
+    texts = data.to_dict()
+    texts["positive"][1] = texts["positive"][0]
+    evaluation = Dataset.from_dict(texts)
+    run = trainer(start, tmp_path, ContAccumLoss, data=data, eval_strategy="no")
+    run.train()
+    before = {name: value.clone() for name, value in bank_state(run).items()}
+    ours = run.evaluate(evaluation)["eval_loss"]
+    assert_same_bits(bank_state(run), before)
+    run.loss = MultipleNegativesRankingLoss(run.model)
+    theirs = run.evaluate(evaluation)["eval_loss"]
+    assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_evaluating_during_training_changes_nothing(start, tmp_path):
+    quiet = trainer(start, tmp_path / "quiet", ContAccumLoss)
+    model = load(start)
+    loss = ContAccumLoss(model)
+    watched = SentenceTransformerTrainer(
+        model=model,
+        args=arguments(tmp_path / "watched", eval_strategy="steps", eval_steps=2),
+        train_dataset=dataset(),
+        eval_dataset=dataset(12),
+        loss=loss,
+        callbacks=[ContAccumCallback(loss)],
+    )
+    for run in (quiet, watched):
+        run.train()
+    assert sum("eval_loss" in line for line in watched.state.log_history) == STEPS // 2
+    assert_same_bits(weights(watched), weights(quiet))
+    assert_same_bits(bank_state(watched), bank_state(quiet))
+
+
+def test_banks_outlive_the_optimizer_step_and_count_slots(start, tmp_path):
+    run = trainer(start, tmp_path, lambda m: ContAccumLoss(m, bank_size=30))
+    run.train()
+    filled = [line["bank_filled"] for line in run.state.log_history if "loss" in line]
+    assert filled == [8, 16, 24, 30, 30, 30, 30, 30]
+    saved = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    assert [line["bank_filled"] for line in saved["log_history"]] == filled[:6]
+
+
+@pytest.mark.parametrize(
+    ("count", "callback", "capacity"),
+    [(200, True, 8 * BATCH * ACCUMULATION), (40, True, 40), (40, False, 1024)],
+)
+def test_an_automatic_bank_is_eight_updates_at_most_the_training_set(
+    start, tmp_path, count, callback, capacity
+):
+    options = {"max_steps": 1, "save_strategy": "no"}
+    run = trainer(start, tmp_path, ContAccumLoss, callback, dataset(count), **options)
+    run.train()
+    assert memory(run).banks["16x1"].capacity == capacity
+
+
+def test_a_streamed_training_set_has_no_size(start, tmp_path):
+    data = dataset(40).to_iterable_dataset()
+    options = {"max_steps": 1, "save_strategy": "no"}
+    run = trainer(start, tmp_path, ContAccumLoss, data=data, **options)
+    run.train()
+    assert memory(run).banks["16x1"].capacity == 8 * BATCH * ACCUMULATION
+
+
+def test_a_batch_size_found_by_trial_counts(start, tmp_path):
+    run = trainer(start, tmp_path, ContAccumLoss, auto_find_batch_size=True)
+    run.state.train_batch_size = 1  # four had been too many
+    ContAccumCallback(run.loss).on_train_begin(run.args, run.state, run.control, model=run.model)
+    assert memory(run).capacity == 8 * 1 * ACCUMULATION
+
+
+def test_a_new_run_begins_with_empty_banks(start, tmp_path):
+    run = trainer(start, tmp_path, ContAccumLoss, max_steps=1, save_strategy="no")
+    for _ in range(2):
+        run.train()
+        assert memory(run).filled() == {"16x1": BATCH * ACCUMULATION}
+
+
+def test_banks_too_wide_are_warned_of_in_words(start, tmp_path, caplog):
+    update = BATCH * ACCUMULATION
+    options = {"max_steps": 1, "save_strategy": "no"}
+    with caplog.at_level(logging.WARNING, logger="contaccum_ext"):
+        for size, drift in ((16 * update, "mean"), (2 * update, "none")):
+            make = lambda m: ContAccumLoss(m, bank_size=size, drift=drift)  # noqa: B023, E731
+            trainer(start, tmp_path, make, **options).train()
+        assert caplog.messages == []
+        make = lambda m: ContAccumLoss(m, bank_size=2 * update + 1, drift="none")  # noqa: E731
+        trainer(start, tmp_path, make, **options).train()
+    (message,) = caplog.messages
+    assert f"set drift=mean, or bank_size to at most {2 * update}" in message
+
+
+def test_a_dict_of_losses(start, tmp_path):
+    model = load(start)
+    losses = {name: ContAccumLoss(model, bank_size=16) for name in ("pairs", "triplets")}
+    losses["plain"] = MultipleNegativesRankingLoss(model)
+    run = SentenceTransformerTrainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=6, save_steps=6),
+        train_dataset={"pairs": dataset(40), "triplets": dataset(40, 1), "plain": dataset(40)},
+        loss=losses,
+        callbacks=[ContAccumCallback(losses)],
+    )
+    run.train()
+    content = torch.load(tmp_path / "checkpoint-6" / "contaccum_banks.pt", weights_only=True)
+    assert content["banks"].keys() == {"pairs.memory", "triplets.memory"}
+    line = next(line for line in reversed(run.state.log_history) if "loss" in line)
+    assert line["bank_filled_pairs.memory.16x1"] == losses["pairs"].memory.filled()["16x1"] > 0
+    assert line["bank_filled_triplets.memory.16x2"] > 0
+
+
+def test_a_loss_without_banks_is_refused(start):
+    model = load(start)
+    with pytest.raises(ValueError, match=r"loss: expected a ContAccumLoss.*got MultipleNeg"):
+        ContAccumCallback(MultipleNegativesRankingLoss(model))
+
+
+def test_mixed_precision_keeps_the_banks_in_single_precision(start, tmp_path):
+    runs = [
+        trainer(start, tmp_path, ContAccumLoss, bf16=bf16, save_strategy="no")
+        for bf16 in (False, True)
+    ]
+    for run in runs:
+        run.train()
+    exact, rounded = map(losses_of, runs)
+    assert exact[0] != rounded[0]
+    # Embeddings of relative error 2**-8 move scores up to 20, the target's and the others', by
+    # twice that; the second of the two batches has twice as many rows for its n.
+    assert rounded[0] == pytest.approx(exact[0], abs=1.5 * 2 * 2 * 20 * 2**-8)
+    bank = memory(runs[1]).banks["16x1"]
+    assert bank.dtype == torch.float32
+    torch.testing.assert_close(
+        bank.queries().norm(dim=1), torch.ones(len(bank)), rtol=0, atol=16 * 2**-24
+    )
+    assert not torch.equal(bank.queries(), bank.queries().bfloat16().float())
+
+
+def test_the_model_card_has_settings_and_citation(start, tmp_path):
+    make = lambda m: CachedContAccumLoss(m, bank_size=24, mini_batch_size=2)  # noqa: E731
+    run = trainer(start, tmp_path, make, max_steps=1, save_strategy="no")
+    run.train()
+    run.model.save_pretrained(str(tmp_path / "model"))
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert '"bank_size": 24' in card
+    assert '"similarity_fct": "cos_sim"' in card
+    assert '"mini_batch_size": 2' in card
+    assert "2406.12356" in card
+    assert "2101.06983" in card
+    assert "loss:CachedContAccumLoss" in card
