@@ -27,6 +27,11 @@ class StepRow:
     host_ms: float | None
     adds_percent: float | None  # beyond the same loss without a bank
     adds_to_pytorch_percent: float | None  # beyond the in-batch loss in PyTorch
+    graph_ms_median: float | None  # replayed from a graph, likewise
+    graph_ms_p20: float | None
+    graph_ms_p80: float | None
+    graph_adds_percent: float | None
+    graph_adds_to_pytorch_percent: float | None
     peak_mib: float | None  # of a step, beyond weights, gradients and all banks
     kept_mib: float  # its bank and table
     note: str
@@ -34,7 +39,12 @@ class StepRow:
 
 def make_row(one: Variant, result: StepResult) -> StepRow:
     t = one.times if one.times.elapsed else None
-    own, pytorch = (added(one, result.find(name, 0)) for name in (one.loss_name, OFFICIAL))
+    g = one.graph if one.graph.elapsed else None
+    own, pytorch, graph_own, graph_pytorch = (
+        _hundredfold(added(one, result.find(name, 0), in_graph))
+        for in_graph in (False, True)
+        for name in (one.loss_name, OFFICIAL)
+    )
     options = result.options
     return StepRow(
         loss=one.loss_name,
@@ -49,12 +59,21 @@ def make_row(one: Variant, result: StepResult) -> StepRow:
         ms_p20=t.p20 * 1e3 if t else None,
         ms_p80=t.p80 * 1e3 if t else None,
         host_ms=t.host * 1e3 if t else None,
-        adds_percent=None if own is None else 100 * own,
-        adds_to_pytorch_percent=None if pytorch is None else 100 * pytorch,
+        adds_percent=own,
+        adds_to_pytorch_percent=pytorch,
+        graph_ms_median=g.median * 1e3 if g else None,
+        graph_ms_p20=g.p20 * 1e3 if g else None,
+        graph_ms_p80=g.p80 * 1e3 if g else None,
+        graph_adds_percent=graph_own,
+        graph_adds_to_pytorch_percent=graph_pytorch,
         peak_mib=None if one.peak_bytes is None else one.peak_bytes / MIB,
         kept_mib=one.kept_bytes / MIB,
         note=one.note,
     )
+
+
+def _hundredfold(part: float | None) -> float | None:
+    return None if part is None else 100 * part
 
 
 def compose(header: dict[str, str], result: StepResult) -> str:
@@ -80,6 +99,12 @@ def summary(result: StepResult) -> str:
             number(row.host_ms, 4),
             _percent(row.adds_percent),
             _percent(row.adds_to_pytorch_percent),
+            number(row.graph_ms_median, 4),
+            f"{number(row.graph_ms_p20, 4)} .. {number(row.graph_ms_p80, 4)}"
+            if row.graph_ms_median
+            else "-",
+            _percent(row.graph_adds_percent),
+            _percent(row.graph_adds_to_pytorch_percent),
             number(row.peak_mib, 5),
             number(row.kept_mib),
             row.note,
@@ -87,6 +112,7 @@ def summary(result: StepResult) -> str:
         for row in rows
     ]
     head = ["loss", "bank", "ms", "p20 .. p80", "host ms", "adds", "adds to PyTorch's"]
+    head += ["graph ms", "p20 .. p80", "adds", "adds to PyTorch's"]
     head += ["peak MiB", "bank + table MiB", "note"]
     return table(["target", "adds", "verdict"], verdicts) + "\n\n" + table(head, lines)
 
@@ -114,5 +140,7 @@ def _setup(options: StepOptions, parameters: int) -> str:
         "steps until the last call has returned: where it equals `ms`, the host is what is waited "
         "for. `adds` compares with the same loss without a bank, `adds to PyTorch's` with "
         f"`{OFFICIAL}` without a bank, each as the median over rounds of the ratio within the "
-        "round. `peak MiB` is what a step allocates beyond weights, gradients and banks."
+        f"round. `graph ms` is the same for {options.steps} steps replayed from a CUDA graph, where "
+        "the host plays no part, and what is added there. `peak MiB` is what a step allocates "
+        "beyond weights, gradients and banks."
     )

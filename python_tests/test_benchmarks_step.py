@@ -31,11 +31,22 @@ def variant(name: str, bank: int, *seconds: float) -> step.Variant:
     return one
 
 
+class DeviceWithGraphs(CpuDevice):
+    def graph(self, call, count):
+        return lambda: [call() for _ in range(count)]
+
+
 def test_what_a_bank_adds_is_taken_within_each_round():
     base = variant(step.OURS, 0, 1.0, 2.0, 4.0)  # the clock slows down
     assert step.added(variant(step.OURS, 8, 1.02, 2.04, 4.08), base) == pytest.approx(0.02)
     assert step.added(step.Variant(step.OURS, 8), base) is None
     assert step.added(base, None) is None
+    banked = variant(step.OURS, 8, 1.0, 2.0, 4.0)
+    assert step.added(banked, base, in_graph=True) is None
+    for one, seconds in ((base, (1.0, 3.0)), (banked, (1.1, 3.3))):
+        one.graph = StepTimes(seconds, seconds, 2)
+    assert step.added(banked, base, in_graph=True) == pytest.approx(0.1)
+    assert step.added(banked, base) == 0
 
 
 def test_the_target_is_held_against_both_steps_without_a_bank():
@@ -47,11 +58,12 @@ def test_the_target_is_held_against_both_steps_without_a_bank():
             variant(step.OURS, 65536, 1.025),
         ],
     )
-    own, pytorch = step.targets(result)
+    own, own_graph, pytorch, _ = step.targets(result)
+    assert "eager" in own.text and "graph" in own_graph.text and own_graph.passed is None
     assert (own.value, own.passed) == (pytest.approx(2.5), True)
     assert (pytorch.value, pytorch.passed) == (pytest.approx(100 * (1.025 / 0.99 - 1)), False)
     result.variants.pop()
-    assert [target.passed for target in step.targets(result)] == [None, None]
+    assert [target.passed for target in step.targets(result)] == [None] * 4
 
 
 @pytest.mark.parametrize("bank", [0, 24])
@@ -102,6 +114,17 @@ def test_the_command_line_runs_a_tiny_step_to_the_end(tmp_path, capsys):
     text = table.with_suffix(".md").read_text()
     assert "1 positive + 1 hard negative)" in text and "not measured" in text
     assert shown.strip() in text
+
+
+def test_steps_are_replayed_in_turns_where_there_are_graphs():
+    pytest.importorskip("transformers")
+    options = step.StepOptions((0, 16), 3, 2, 4, 5, 1, 16, 2, 50, rounds=2, steps=3)
+    result = step.run(options, DeviceWithGraphs())
+    for one in result.variants:
+        assert len(one.graph.elapsed) == 2 and one.graph.steps == 6
+    row = step_page.make_row(result.find(step.OURS, 16), result)
+    assert row.graph_ms_median > 0 and row.graph_adds_percent is not None
+    assert f"{row.graph_adds_percent:+.2f}%" in step_page.summary(result)
 
 
 def test_a_loss_that_fails_is_a_note(monkeypatch):
