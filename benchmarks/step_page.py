@@ -140,7 +140,7 @@ def _setup(options: StepOptions, parameters: int) -> str:
         "steps until the last call has returned: where it equals `ms`, the host is what is waited "
         "for. `adds` compares with the same loss without a bank, `adds to PyTorch's` with "
         f"`{OFFICIAL}` without a bank, each as the median over rounds of the ratio within the "
-        f"round. `graph ms` is the same for {options.steps} steps replayed from a CUDA graph, where "
-        "the host plays no part, and what is added there. `peak MiB` is what a step allocates "
-        "beyond weights, gradients and banks."
+        f"round. `graph ms` is the same for {options.steps} steps replayed from a CUDA graph, "
+        "where the host plays no part, and what is added there. `peak MiB` is what a step "
+        "allocates beyond weights, gradients and banks."
     )
