@@ -15,7 +15,7 @@ namespace contaccum {
 
 // A thread block adds up C elements of one vector, kThreads / C places at a time: more where there
 // are vectors enough to fill the device.
-constexpr int kFewColumns = 64, kManyColumns = 128;
+constexpr int kFewColumns = 32, kManyColumns = 128;
 inline int sum_columns_of(int64_t locals) { return locals < 64 ? kFewColumns : kManyColumns; }
 
 // Neither pass has a row's own target in its sums: with probability P it counts P - 1, which is

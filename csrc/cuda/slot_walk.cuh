@@ -40,8 +40,9 @@ class SlotWalk {
   __device__ SlotWalk(const Args<S>& args, const Ring<S>& r, int split, int splits)
       : a(args), ring(r) {
     const int64_t local_tiles = (a.n + kBoxRows - 1) / kBoxRows;
-    local_begin = int(local_tiles * split / splits) * kBoxRows;
-    local_end = min(int(local_tiles * (split + 1) / splits) * kBoxRows, a.n);
+    // Rounded up: the bank's shares, rounded down, are small where these are not.
+    local_begin = int((local_tiles * split + splits - 1) / splits) * kBoxRows;
+    local_end = min(int((local_tiles * (split + 1) + splits - 1) / splits) * kBoxRows, a.n);
     if constexpr (kQuerySide) {
       const int64_t units = a.blocks * a.parts;
       last_unit = int(units * (split + 1) / splits);
