@@ -59,6 +59,11 @@ Train a query and a passage encoder. OUTPUT receives
   final/query_encoder/          opens with transformers' AutoModel.from_pretrained
   final/passage_encoder/        likewise
   checkpoint-NNNNNN/            the same every `checkpoint_every` updates, with what --resume needs
+  run.json                      settings and data of the run
+
+A run that was killed, at whatever moment, goes on with the same command and --resume, and ends with
+the same bits as if it had not been. Settings and data must be the same; `checkpoint_every` and
+`keep_checkpoints` may change. A run is never overwritten, and a finished one is left as it is.
 """
 
 DATA_HELP = (
@@ -96,13 +101,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from contaccum_ext import commands
     from contaccum_ext.datasets import DataError
-    from contaccum_ext.training import ConfigError, DivergedError, EncoderError, TrainingDataError
+    from contaccum_ext.training import (
+        ConfigError,
+        DivergedError,
+        EncoderError,
+        RunError,
+        TrainingDataError,
+    )
 
     bad_input = (
         commands.UsageError,
         ConfigError,
         DataError,
         EncoderError,
+        RunError,
         TrainingDataError,
         OSError,
     )
@@ -157,7 +169,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--encoder", required=True, help="Hugging Face model directory or name")
     train.add_argument("--method", help="see below (default: contaccum)")
     train.add_argument("--output", type=Path, required=True, help="directory of the run")
-    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    train.add_argument(
+        "--resume", action="store_true", help="go on where the run in OUTPUT was cut off"
+    )
     _add_settings(train)
 
     evaluate = commands.add_parser(

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +18,21 @@ from contaccum_ext.datasets import RetrievalDataset, load_dataset
 from contaccum_ext.reporting import metric_table, trained_verdicts, write_report
 from contaccum_ext.reporting.table import align
 from contaccum_ext.retrieval import bm25_run, evaluate_run, mine_negatives
-from contaccum_ext.training import METHODS, DualEncoder, TrainConfig, Trainer, load_checkpoint
-from contaccum_ext.training.checkpoint import newest_resumable
+from contaccum_ext.training import (
+    METHODS,
+    DualEncoder,
+    RunDirectory,
+    TrainConfig,
+    Trainer,
+    load_checkpoint,
+)
+from contaccum_ext.training.checkpoint import standing
 from contaccum_ext.training.comparison import compare, dense_run
 from contaccum_ext.training.config import parse_assignments, read_yaml
+from contaccum_ext.training.data import fingerprint
 from contaccum_ext.training.encoder import load_tokenizer
+from contaccum_ext.training.run_directory import load_resumable, refuse_difference
 from contaccum_ext.training.scratch import ScratchConfig, write_scratch_encoder
-from contaccum_ext.training.trainer import METRICS_FILE
 
 # From random initialisation; chosen on the validation queries of 'stdlib', where this learning
 # rate is the best of 1.5e-4 ... 5e-4 for gradaccum over three seeds.
@@ -79,34 +88,44 @@ def demo(options: argparse.Namespace) -> None:
 def train(options: argparse.Namespace) -> None:
     """Train one retriever, or go on training it."""
     config = _settings(options)
-    if options.resume:
-        trainer = _resumed(options, config)
-    else:
-        if (options.output / METRICS_FILE).exists():
-            raise UsageError(
-                f"--output: {options.output} already holds a run; choose another directory, or "
-                f"--resume to go on with it"
-            )
+    run = RunDirectory(options.output)
+    with ExitStack() as stack:
+        # Nothing is made before all that was given proves usable.
+        if going_on := run.holds_run():
+            if not options.resume:
+                raise UsageError(
+                    f"--output: {run.path} already holds a run; choose another directory, or "
+                    f"--resume to go on with it"
+                )
+            stack.enter_context(run.locked())
+            run.refuse_other(config, {})
         dataset = _load_data(options)
-        model = DualEncoder.from_pretrained(options.encoder, config)
-        tokenizer = load_tokenizer(options.encoder)
-        trainer = Trainer(model, tokenizer, dataset, config, options.output)
-    trainer.train()
-    print(f"trained {trainer.done} updates: {options.output}/final")
+        if going_on:
+            run.refuse_other(config, fingerprint(dataset))
+        if standing(run.final).exists():
+            say(f"{run.path}: already trained to the end")
+        else:
+            trainer = _trainer(options, config, dataset, run)
+            if not going_on:
+                stack.enter_context(run.locked())
+            trainer.train()
+            print(f"trained {trainer.done} updates: {run.final}")
     print(f"next: contaccum eval --checkpoint {options.output} --data {options.data}")
 
 
-def _resumed(options: argparse.Namespace, config: TrainConfig) -> Trainer:
-    newest = newest_resumable(options.output)
-    if newest is None:
-        raise UsageError(f"--resume: no checkpoint in {options.output} to go on from")
-    checkpoint = load_checkpoint(newest)
-    for key, saved in checkpoint.config.to_dict().items():
-        if (asked := getattr(config, key)) != saved:
-            raise UsageError(f"--resume: {key} is {asked}, but {newest} was trained with {saved}")
-    dataset = _load_data(options)
-    trainer = Trainer(checkpoint.model, checkpoint.tokenizer, dataset, config, options.output)
+def _trainer(
+    options: argparse.Namespace, config: TrainConfig, dataset: RetrievalDataset, run: RunDirectory
+) -> Trainer:
+    checkpoint = load_resumable(run) if options.resume else None
+    if checkpoint is None:
+        if options.resume:
+            say(f"--resume: no checkpoint in {run.path} yet, starting from the beginning")
+        model = DualEncoder.from_pretrained(options.encoder, config)
+        return Trainer(model, load_tokenizer(options.encoder), dataset, config, run.path)
+    trainer = Trainer(checkpoint.model, checkpoint.tokenizer, dataset, config, run.path)
+    refuse_difference(checkpoint.path, (config, trainer.data), (checkpoint.config, checkpoint.data))
     trainer.load_state_dict(checkpoint.training_state())
+    say(f"going on after update {trainer.done} of {trainer.total}")
     return trainer
 
 

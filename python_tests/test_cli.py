@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -45,7 +46,6 @@ SHORT = ["--set", "query_max_length=16", "--set", "passage_max_length=24"]
             "--set: temperature: expected a number > 0, got -1",
         ),
         (["train", "--config", "/none.yaml"], "/none.yaml: cannot be read: No such file"),
-        (["train", "--resume"], "--resume: no checkpoint in"),
         (["train", "--layers", "5"], "has 1 layers, asked for the first 5"),
         (
             ["train", "--set", "query_max_length=32"],
@@ -181,7 +181,9 @@ def test_train_reads_settings_by_precedence_and_goes_on_where_it_stopped(
     assert main([*arguments, "--resume", "--set", "seed=5"]) == 2
     assert "--resume: seed is 5, but" in capsys.readouterr().err
     final = (output / "final" / "query_encoder" / "model.safetensors").read_bytes()
+    shutil.rmtree(output / "final")
     assert main([*arguments, "--resume"]) == 0
+    assert "going on after update 2 of 4" in capsys.readouterr().err
     assert (output / "final" / "query_encoder" / "model.safetensors").read_bytes() == final
     assert len((output / "metrics.jsonl").read_text().splitlines()) == 4
 

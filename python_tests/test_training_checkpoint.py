@@ -66,6 +66,13 @@ def test_transformers_opens_it_and_gives_the_same_outputs(start, tmp_path, side)
     )
 
 
+def test_a_saved_tokenizer_does_not_truncate_as_training_did(start, tmp_path):
+    trainer = make_trainer(start, tmp_path, max_updates=1, query_max_length=4)
+    trainer.train(progress=False)
+    saved = json.loads((tmp_path / "final" / "query_encoder" / "tokenizer.json").read_text())
+    assert (saved["truncation"], saved["padding"]) == (None, None)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_loaded_checkpoint_is_what_was_saved(start, tmp_path, shared):
     settings = {"pooling": "cls", "normalize": False, "shared_encoder": shared, "max_updates": 1}
@@ -164,7 +171,11 @@ def test_a_failure_in_the_middle_leaves_the_old_checkpoint_whole(
         save_checkpoint(new, state=trainer.state_dict())
     monkeypatch.undo()
     assert {p: p.read_bytes() for p in final.rglob("*") if p.is_file()} == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["final", "metrics.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "final",
+        "metrics.jsonl",
+        "run.json",
+    ]
 
     save_checkpoint(new, state=trainer.state_dict())  # and nothing stands in the way of the next
     assert load_checkpoint(final).updates == 2

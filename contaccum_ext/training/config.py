@@ -138,6 +138,7 @@ class TrainConfig:
     bf16: bool = _setting(False, _boolean(), "encode under bfloat16 autocast")
     device: str = _setting("auto", _choice("auto", "cpu", "cuda"), "where to train")
     checkpoint_every: int = _setting(0, _integer(0), "updates between checkpoints; 0: only the end")
+    keep_checkpoints: int = _setting(2, _integer(1), "newest intermediate checkpoints kept")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

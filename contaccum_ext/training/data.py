@@ -6,8 +6,10 @@ examples in the same updates.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,6 +55,27 @@ class Batch:
             {key: value.to(device) for key, value in self.passages.items()},
             self.passage_ids.to(device),
         )
+
+
+def fingerprint(dataset: RetrievalDataset) -> dict[str, str]:
+    """What a run was trained on, in a few words to compare: "40 queries, 1f0c..." by part.
+
+    The corpus counts with all its passages and their order, which numbers them in the bank; two
+    files with the same content are the same.
+    """
+    passages = ((p.id, p.title, p.text) for p in dataset.corpus.values())
+    examples = ((e.id, e.query, e.positives, e.negatives) for e in dataset.train)
+    return {
+        "corpus": f"{len(dataset.corpus)} passages, {_digest(passages)}",
+        "training set": f"{len(dataset.train)} queries, {_digest(examples)}",
+    }
+
+
+def _digest(records: Iterable[Sequence[object]]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for record in records:
+        digest.update(json.dumps(record).encode())
+    return digest.hexdigest()
 
 
 class Sampler:

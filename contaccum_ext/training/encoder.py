@@ -210,6 +210,10 @@ class DualEncoder(nn.Module):
     def save(self, directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write query_encoder/ and, unless shared, passage_encoder/, each with the tokenizer."""
         directory = Path(directory)
+        # A tokenizer remembers how it was last called, and would be saved with our maximum length.
+        if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+            backend.no_truncation()
+            backend.no_padding()
         towers = {QUERY_DIRECTORY: self.query}
         if not self.shared:
             towers[PASSAGE_DIRECTORY] = self.passage

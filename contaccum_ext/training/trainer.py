@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from contaccum_ext.training.checkpoint import FINAL, Checkpoint, intermediate_path, save_checkpoint
+from contaccum_ext.training.checkpoint import Checkpoint, flush, save_checkpoint
 from contaccum_ext.training.config import TrainConfig, bank_warnings
-from contaccum_ext.training.data import Batch, Collator, Draw, Sampler
+from contaccum_ext.training.data import Batch, Collator, Draw, Sampler, fingerprint
 from contaccum_ext.training.encoder import DualEncoder
 from contaccum_ext.training.methods import METHODS
 from contaccum_ext.training.optimization import (
@@ -27,14 +25,14 @@ from contaccum_ext.training.optimization import (
     clip_gradients,
     warmup_updates,
 )
+from contaccum_ext.training.random_state import random_state, seed_everything, set_random_state
+from contaccum_ext.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from contaccum_ext.datasets.base import RetrievalDataset
-
-METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -54,13 +52,6 @@ class UpdateMetrics:
 
 class DivergedError(RuntimeError):
     """The loss is no longer a number; the weights are still those before the update."""
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and PyTorch."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 class Trainer:
@@ -90,7 +81,8 @@ class Trainer:
         self.model = model.to(self.device)
         self.tokenizer = tokenizer
         self.config = config
-        self.output = Path(output)
+        self.run = RunDirectory(output)
+        self.data = fingerprint(dataset)
         self.sampler = Sampler(dataset, config)
         self.collate = Collator(tokenizer, dataset.corpus, config)
         self.method = METHODS[config.method](
@@ -125,7 +117,9 @@ class Trainer:
             mininterval=0.5,
             disable=not progress,
         )
-        with bar, self._open_log() as log:
+        if self.done == 0:
+            self.run.begin(self.config, self.data)
+        with bar, self.run.open_log(self.done) as log:
             while self.done < self.total:
                 metrics = self.update()
                 history.append(metrics)
@@ -139,8 +133,10 @@ class Trainer:
                 bar.update()
                 every = self.config.checkpoint_every
                 if every and self.done % every == 0 and self.done < self.total:
-                    self._save(intermediate_path(self.output, self.done), self.state_dict())
-        self._save(self.output / FINAL)
+                    flush(self.run.metrics)
+                    self._save(self.run.checkpoint(self.done), self.state_dict())
+                    self.run.prune(self.config.keep_checkpoints)
+        self._save(self.run.final)
         return history
 
     def update(self) -> UpdateMetrics:
@@ -185,7 +181,7 @@ class Trainer:
             "updates": self.done,
             "optimizer": self.optimizer.state_dict(),
             "bank": None if bank is None else bank.state_dict(),
-            "random": torch.get_rng_state(),
+            "random": random_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -194,7 +190,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.method.bank is not None:
             self.method.bank.load_state_dict(state["bank"])
-        torch.set_rng_state(state["random"])
+        set_random_state(state["random"])
 
     def _micro_batches(self, draws: Sequence[Draw]) -> list[Batch]:
         size = self.method.micro_batch_size(self.config)
@@ -207,17 +203,10 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
             return self.model(batch)
 
-    def _open_log(self) -> TextIO:
-        """metrics.jsonl with the lines of the updates already done, and no later ones."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        path = self.output / METRICS_FILE
-        kept = path.read_text().splitlines(keepends=True)[: self.done] if path.exists() else []
-        log = path.open("w", encoding="utf-8")
-        log.writelines(kept)
-        return log
-
     def _save(self, path: Path, state: dict[str, Any] | None = None) -> None:
-        save_checkpoint(Checkpoint(self.model, self.tokenizer, self.config, self.done, path), state)
+        save_checkpoint(
+            Checkpoint(self.model, self.tokenizer, self.config, self.done, path, self.data), state
+        )
 
 
 def resolve_device(name: str) -> torch.device:
