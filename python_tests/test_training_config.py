@@ -7,8 +7,8 @@ import re
 import pytest
 
 from contaccum_ext.training import ConfigError, TrainConfig
+from contaccum_ext.training.bank_width import bank_warnings
 from contaccum_ext.training.config import (
-    bank_warnings,
     field_help,
     parse_assignments,
     read_yaml,

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from contaccum_ext.training.config import ConfigError, TrainConfig
+from contaccum_ext.training.config import TrainConfig
 from contaccum_ext.training.encoder import (
     QUERY_DIRECTORY,
     DualEncoder,
     EncoderError,
     load_tokenizer,
 )
+from contaccum_ext.training.rules import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

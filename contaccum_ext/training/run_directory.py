@@ -28,8 +28,9 @@ from contaccum_ext.training.checkpoint import (
     settle,
     standing,
 )
-from contaccum_ext.training.config import ConfigError, TrainConfig
+from contaccum_ext.training.config import TrainConfig
 from contaccum_ext.training.encoder import EncoderError
+from contaccum_ext.training.rules import ConfigError
 
 FINAL = "final"
 METRICS_FILE = "metrics.jsonl"

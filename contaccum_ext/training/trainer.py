@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from contaccum_ext.training.bank_width import bank_warnings
 from contaccum_ext.training.checkpoint import Checkpoint, flush, save_checkpoint
-from contaccum_ext.training.config import TrainConfig, bank_warnings
+from contaccum_ext.training.config import TrainConfig
 from contaccum_ext.training.data import Batch, Collator, Draw, Sampler, fingerprint
 from contaccum_ext.training.encoder import DualEncoder
 from contaccum_ext.training.methods import METHODS
