@@ -42,6 +42,8 @@ methods, all on the same examples in the same order:
   gradaccum   K micro-batches of n: the memory of n, and few negatives
   contaccum   K micro-batches of n against memory banks of queries and passages
   prebatch    as contaccum with the passage bank only
+  gradcache   inbatch in the memory of n: K micro-batches of n, each encoded twice
+  gradcache_contaccum   likewise, and the whole update meets both memory banks
 """
 
 DEMO_HELP = """\

@@ -27,6 +27,7 @@ def history(losses, ratio=1.0):
             grad_norm_ratio=ratio,
             queries_per_second=100.0,
             bank_filled=8,
+            skipped=0,
         )
         for update, loss in enumerate(losses, 1)
     ]

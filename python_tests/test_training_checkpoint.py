@@ -10,11 +10,11 @@ import pytest
 import torch
 from tiny_retriever import (
     assert_same_weights,
-    tiny_config,
     tiny_dataset,
     weights,
     write_tiny_encoder,
 )
+from trainer_parts import make_trainer
 from transformers import AutoModel, AutoTokenizer
 
 from contaccum_ext.training import (
@@ -25,7 +25,6 @@ from contaccum_ext.training import (
     save_checkpoint,
 )
 from contaccum_ext.training.checkpoint import write_atomically
-from contaccum_ext.training.encoder import load_tokenizer
 
 TEXTS = ["who repairs engine no 1", "The old man paints the violin"]
 
@@ -33,12 +32,6 @@ TEXTS = ["who repairs engine no 1", "The old man paints the violin"]
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     return write_tiny_encoder(tmp_path_factory.mktemp("start") / "encoder", dropout=0.1)
-
-
-def make_trainer(start, output, **settings) -> Trainer:
-    config = tiny_config(**settings)
-    model = DualEncoder.from_pretrained(start, config)
-    return Trainer(model, load_tokenizer(start), tiny_dataset(), config, output)
 
 
 def encode(encoder, tokenizer) -> torch.Tensor:

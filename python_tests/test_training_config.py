@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from contaccum_ext.training import ConfigError, TrainConfig
+from contaccum_ext.training import METHODS, ConfigError, TrainConfig
 from contaccum_ext.training.bank_width import bank_warnings
 from contaccum_ext.training.config import (
     field_help,
@@ -44,7 +44,7 @@ def test_unknown_key_without_a_near_one_lists_the_known():
         (
             "method",
             "dpr",
-            "method: expected one of inbatch, gradaccum, contaccum, prebatch, got 'dpr'",
+            f"method: expected one of {', '.join(METHODS)}, got 'dpr'",
         ),
         ("method", ["inbatch"], "got ['inbatch']"),
     ],

@@ -11,18 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from run_children import lines_without_times
-from tiny_retriever import tiny_config, tiny_dataset, write_tiny_data
+from tiny_retriever import tiny_dataset, write_tiny_data
+from trainer_parts import make_trainer
 
 from contaccum_ext.cli import main
-from contaccum_ext.training import DualEncoder, RunDirectory, RunError, Trainer
+from contaccum_ext.training import RunDirectory, RunError
 from contaccum_ext.training.data import fingerprint
-from contaccum_ext.training.encoder import load_tokenizer
-
-
-def make_trainer(start, output, **settings) -> Trainer:
-    config = tiny_config(**settings)
-    model = DualEncoder.from_pretrained(start, config)
-    return Trainer(model, load_tokenizer(start), tiny_dataset(), config, output)
 
 
 def test_only_the_newest_checkpoints_are_kept(start, tmp_path):

@@ -19,6 +19,8 @@ COLOURS = {
     "contaccum": "#d55e00",
     "inbatch": "#009e73",
     "prebatch": "#cc79a7",
+    "gradcache": "#56b4e9",
+    "gradcache_contaccum": "#e69f00",
 }
 Value = Callable[[UpdateMetrics], float | None]
 

@@ -73,6 +73,11 @@ class TrainConfig:
     weight_decay: float = _setting(0.01, NOT_NEGATIVE, "not applied to biases and layer norms")
     warmup_ratio: float = _setting(0.1, FRACTION, "share of the updates with rising learning rate")
     max_grad_norm: float = _setting(2.0, POSITIVE, "gradients are clipped to this norm")
+    on_nonfinite: str = _setting(
+        "stop",
+        choice("stop", "skip"),
+        "an update whose loss or gradient is not finite ends the run, or changes nothing",
+    )
     epochs: int = _setting(1, integer(1), "passes over the training queries")
     max_updates: int | None = _setting(
         None, or_word(integer(1), None), "optimizer updates, instead of whole epochs"

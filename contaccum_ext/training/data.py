@@ -31,6 +31,7 @@ class TrainingDataError(ValueError):
 class Draw:
     """One training example of one epoch."""
 
+    id: str  # of the query
     query: str
     passages: tuple[str, ...]  # ids, positive first, then hard negatives
 
@@ -42,6 +43,7 @@ class Batch:
     queries: dict[str, Tensor]  # each (n, t)
     passages: dict[str, Tensor]  # each (n*m, t): the m passages of a query stand together
     passage_ids: Tensor  # (n, m) int64
+    query_ids: tuple[str, ...]  # n
 
     @property
     def size(self) -> int:
@@ -54,6 +56,7 @@ class Batch:
             {key: value.to(device) for key, value in self.queries.items()},
             {key: value.to(device) for key, value in self.passages.items()},
             self.passage_ids.to(device),
+            self.query_ids,
         )
 
 
@@ -148,7 +151,7 @@ class Sampler:
             candidate = self._corpus_ids[below(len(self._corpus_ids))]
             if candidate not in example.positives and candidate not in negatives:
                 negatives.append(candidate)
-        return Draw(example.query, (positive, *negatives))
+        return Draw(example.id, example.query, (positive, *negatives))
 
 
 class Collator:
@@ -178,6 +181,7 @@ class Collator:
             self._tokenize([draw.query for draw in draws], self._config.query_max_length),
             self._tokenize(texts, self._config.passage_max_length),
             torch.tensor([[self._numbers[pid] for pid in draw.passages] for draw in draws]),
+            tuple(draw.id for draw in draws),
         )
 
     def _tokenize(self, texts: list[str], max_length: int) -> dict[str, Tensor]:

@@ -7,13 +7,15 @@ into batches, and in what a batch is scored against:
     gradaccum   K micro-batches of n, each scored against itself only
     contaccum   K micro-batches of n, each scored against itself and both memory banks
     prebatch    as contaccum with the passage bank only: banked queries are no loss rows
-
-A method that encodes twice (gradient caching) overrides `accumulate`.
+    gradcache   the loss and the gradients of inbatch in the memory of n, by encoding twice
+    gradcache_contaccum   likewise, the whole update scored against both memory banks too
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -21,18 +23,29 @@ from torch import Tensor
 
 from contaccum_ext.bank import DualMemoryBank
 from contaccum_ext.functional import contaccum_loss
+from contaccum_ext.training.random_state import device_random_state, set_device_random_state
 
 if TYPE_CHECKING:
     from contaccum_ext.training.config import TrainConfig
     from contaccum_ext.training.data import Batch
 
 Encode = Callable[["Batch"], tuple[Tensor, Tensor]]
+Scale = Callable[[Tensor], Tensor]
 
 
 def op_runs_on(device: torch.device) -> bool:
     """Whether the loss has a kernel for this kind of device."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type, device.type)
     return torch._C._dispatch_has_kernel_for_dispatch_key("contaccum_ext::banked_loss_", key)
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """What came of the micro-batches of an update."""
+
+    loss: float
+    in_batch_loss: float  # over groups of n without any bank: means the same for every method
+    non_finite: tuple[int, ...]  # micro-batches whose loss or representations are not finite
 
 
 class Method:
@@ -51,6 +64,7 @@ class Method:
         self, config: TrainConfig, dim: int, training_queries: int, device: torch.device
     ) -> None:
         self.config = config
+        self.device = device
         # Where the op has no kernel for the device, the few embeddings travel to the CPU.
         self.loss_device = device if op_runs_on(device) else torch.device("cpu")
         self.bank: DualMemoryBank | None = None
@@ -65,11 +79,11 @@ class Method:
 
     @staticmethod
     def micro_batch_size(config: TrainConfig) -> int:
-        """Examples encoded and scored together."""
+        """Examples encoded together."""
         return config.local_batch_size
 
     def loss(self, queries: Tensor, passages: Tensor, passage_ids: Tensor) -> Tensor:
-        """Loss of one micro-batch, in fp32.
+        """Loss of what is scored together, in fp32.
 
         Args:
             queries: (n, d).
@@ -81,12 +95,14 @@ class Method:
             passages,
             self.bank,
             temperature=self.config.temperature,
-            passage_ids=passage_ids if self.config.mask_false_negatives else None,
+            passage_ids=self._ids(passage_ids),
             row_weighting=self.config.row_weighting,
             banks=self.banks or "both",
         )
 
-    def accumulate(self, encode: Encode, batches: Sequence[Batch]) -> tuple[float, float]:
+    def accumulate(
+        self, encode: Encode, batches: Sequence[Batch], scale: Scale = lambda loss: loss
+    ) -> Accumulated:
         """Add the gradients of one update to the parameters.
 
         Each micro-batch weighs in by its share of the update's examples: 1/K, and less for a
@@ -95,10 +111,7 @@ class Method:
         Args:
             encode: maps a batch to queries (n, d) and passages (n, m, d).
             batches: the micro-batches of the update.
-
-        Returns:
-            The update's loss, and its in-batch loss over groups of n without any bank: the one
-            number that means the same for every method.
+            scale: applied to what is differentiated: a gradient scaler's, for fp16.
         """
         examples = sum(batch.size for batch in batches)
         totals = []  # per micro-batch, read once at the end: no wait for the device in between
@@ -107,11 +120,16 @@ class Method:
             passage_ids = batch.passage_ids.to(self.loss_device)
             loss = self.loss(queries, passages, passage_ids)
             share = batch.size / examples
-            (loss * share).backward()
+            scale(loss * share).backward()
             in_batch = self._in_batch_loss(queries, passages, passage_ids)
             totals.append(share * torch.stack([loss.detach(), in_batch]))
-        total, in_batch_total = torch.stack(totals).sum(0).tolist()
-        return total, in_batch_total
+        per_batch = torch.stack(totals).cpu()  # (K, 2)
+        bad = (~per_batch.isfinite().all(1)).nonzero().flatten().tolist()
+        total, in_batch_total = per_batch.sum(0).tolist()
+        return Accumulated(total, in_batch_total, tuple(bad))
+
+    def _ids(self, passage_ids: Tensor) -> Tensor | None:
+        return passage_ids if self.config.mask_false_negatives else None
 
     @torch.no_grad()
     def _in_batch_loss(self, queries: Tensor, passages: Tensor, passage_ids: Tensor) -> Tensor:
@@ -126,7 +144,7 @@ class Method:
                 group_passages,
                 None,
                 temperature=self.config.temperature,
-                passage_ids=group_ids if self.config.mask_false_negatives else None,
+                passage_ids=self._ids(group_ids),
             )
             total += len(group_queries) / len(queries) * loss
         return total
@@ -156,9 +174,64 @@ class PreBatch(Method):
     banks = "passages"
 
 
+class GradCache(Method):
+    """The whole update in one loss, encoded n at a time, twice (GradCache, arXiv 2101.06983).
+
+    Equivalent to encoding all micro-batches with their graphs, concatenating the vectors and
+    calling `backward` on `loss`. Here the first pass keeps only the vectors, whose gradients then
+    enter the graph of one micro-batch after the other; the random state of each first encoding is
+    set again for its second one, so that both drop out the same.
+    """
+
+    def accumulate(
+        self, encode: Encode, batches: Sequence[Batch], scale: Scale = lambda loss: loss
+    ) -> Accumulated:
+        states, encoded = [], []
+        with torch.no_grad():
+            for batch in batches:
+                states.append(device_random_state(self.device))
+                encoded.append(tuple(vectors.to(self.loss_device) for vectors in encode(batch)))
+        queries, passages = (
+            torch.cat(side).requires_grad_() for side in zip(*encoded, strict=True)
+        )
+        passage_ids = torch.cat([batch.passage_ids for batch in batches]).to(self.loss_device)
+        loss = self.loss(queries, passages, passage_ids)
+        loss.backward()
+        in_batch = self._in_batch_loss(queries, passages, passage_ids)
+        finite = [torch.stack([v.sum() for v in pair]).isfinite().all() for pair in encoded]
+        bad = (~torch.stack(finite).cpu()).nonzero().flatten().tolist()
+        total, in_batch_total = torch.stack([loss.detach(), in_batch]).tolist()
+        if not (bad or math.isfinite(total)):
+            # Finite vectors that overflow when scored belong to no micro-batch alone.
+            bad = list(range(len(batches)))
+        result = Accumulated(total, in_batch_total, tuple(bad))
+        if bad:
+            return result
+
+        sizes = [batch.size for batch in batches]
+        assert queries.grad is not None and passages.grad is not None
+        gradients = zip(queries.grad.split(sizes), passages.grad.split(sizes), strict=True)
+        for batch, state, pair in zip(batches, states, gradients, strict=True):
+            set_device_random_state(self.device, state)
+            products = [
+                (vectors * gradient.to(vectors.device)).sum()
+                for vectors, gradient in zip(encode(batch), pair, strict=True)
+            ]
+            scale(products[0] + products[1]).backward()
+        return result
+
+
+class GradCacheContAccum(GradCache):
+    """The whole update scored against itself and both memory banks, encoded n at a time, twice."""
+
+    banks = "both"
+
+
 METHODS: dict[str, type[Method]] = {
     "inbatch": InBatch,
     "gradaccum": GradAccum,
     "contaccum": ContAccum,
     "prebatch": PreBatch,
+    "gradcache": GradCache,
+    "gradcache_contaccum": GradCacheContAccum,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -19,7 +20,7 @@ from contaccum_ext.training.checkpoint import Checkpoint, flush, save_checkpoint
 from contaccum_ext.training.config import TrainConfig
 from contaccum_ext.training.data import Batch, Collator, Draw, Sampler, fingerprint
 from contaccum_ext.training.encoder import DualEncoder
-from contaccum_ext.training.methods import METHODS
+from contaccum_ext.training.methods import METHODS, Accumulated
 from contaccum_ext.training.optimization import (
     LinearSchedule,
     build_optimizer,
@@ -41,18 +42,19 @@ class UpdateMetrics:
     """One line of metrics.jsonl."""
 
     update: int  # counted from 1
-    loss: float  # of the method; comparable within a method only
-    in_batch_loss: float  # over groups of n without a bank; comparable between methods
+    loss: float | None  # of the method; comparable within a method only; None in a skipped update
+    in_batch_loss: float | None  # over groups of n without a bank; comparable between methods
     learning_rate: float
-    grad_norm_query: float
-    grad_norm_passage: float | None  # None with a shared encoder
+    grad_norm_query: float | None  # None in a skipped update
+    grad_norm_passage: float | None  # None with a shared encoder too
     grad_norm_ratio: float | None  # passage / query
     queries_per_second: float
     bank_filled: int  # slots
+    skipped: int  # updates so far that changed nothing
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer a number; the weights are still those before the update."""
+    """Loss or gradient is not finite; the weights are still those before the update."""
 
 
 class Trainer:
@@ -94,7 +96,8 @@ class Trainer:
             config.learning_rate, warmup_updates(self.total, config.warmup_ratio), self.total
         )
         self.optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
-        self.done = 0  # updates
+        self.done = 0  # updates, skipped ones among them
+        self.skipped = 0
         if self.method.bank is not None:
             for message in bank_warnings(config, self.method.bank.capacity):
                 warnings.warn(message, stacklevel=2)
@@ -126,9 +129,10 @@ class Trainer:
                 history.append(metrics)
                 log.write(json.dumps(asdict(metrics)) + "\n")
                 log.flush()
+                loss = metrics.in_batch_loss
                 bar.set_postfix_str(
-                    f"loss {metrics.in_batch_loss:.3f}, lr {metrics.learning_rate:.1e}, "
-                    f"{metrics.queries_per_second:.0f} queries/s",
+                    f"loss {'skipped' if loss is None else f'{loss:.3f}'}, "
+                    f"lr {metrics.learning_rate:.1e}, {metrics.queries_per_second:.0f} queries/s",
                     refresh=False,
                 )
                 bar.update()
@@ -144,7 +148,8 @@ class Trainer:
         """One optimizer update over n*K examples.
 
         Raises:
-            DivergedError: loss or gradient is not finite; the weights are left as they were.
+            DivergedError: loss or gradient is not finite and `on_nonfinite` is "stop"; the weights
+                are left as they were.
         """
         started = time.perf_counter()
         draws = self.sampler.update(self.done)
@@ -153,33 +158,59 @@ class Trainer:
             group["lr"] = learning_rate
 
         self.optimizer.zero_grad(set_to_none=True)
-        loss, in_batch_loss = self.method.accumulate(self._encode, self._micro_batches(draws))
-        norms = clip_gradients(self.model, self.config.max_grad_norm)
-        if not math.isfinite(loss + norms.query + (norms.passage or 0.0)):
-            raise DivergedError(
-                f"update {self.done + 1}: the loss is {loss}, its gradient norm {norms.query}; "
-                f"lower learning_rate, or raise temperature"
-            )
-        self.optimizer.step()
+        batches = self._micro_batches(draws)
+        bank_before = self._bank_copy() if self.config.on_nonfinite == "skip" else None
+        found = self.method.accumulate(self._encode, batches)
+        norms = None
+        if not found.non_finite:
+            norms = clip_gradients(self.model, self.config.max_grad_norm)
+        if norms is not None and math.isfinite(norms.query + (norms.passage or 0.0)):
+            self.optimizer.step()
+        else:
+            problem = self._problem(found, batches)
+            if self.config.on_nonfinite == "stop":
+                raise DivergedError(f"{problem}; lower learning_rate, or raise temperature")
+            warnings.warn(f"skipped: {problem}", stacklevel=2)
+            norms = None
+            self.skipped += 1
+            if bank_before is not None and self.method.bank is not None:
+                self.method.bank.load_state_dict(bank_before)
         self.done += 1
 
         return UpdateMetrics(
             update=self.done,
-            loss=loss,
-            in_batch_loss=in_batch_loss,
+            loss=found.loss if norms else None,
+            in_batch_loss=found.in_batch_loss if norms else None,
             learning_rate=learning_rate,
-            grad_norm_query=norms.query,
-            grad_norm_passage=norms.passage,
-            grad_norm_ratio=norms.ratio,
+            grad_norm_query=norms.query if norms else None,
+            grad_norm_passage=norms.passage if norms else None,
+            grad_norm_ratio=norms.ratio if norms else None,
             queries_per_second=len(draws) / (time.perf_counter() - started),
             bank_filled=0 if self.method.bank is None else len(self.method.bank),
+            skipped=self.skipped,
         )
+
+    def _problem(self, found: Accumulated, batches: Sequence[Batch]) -> str:
+        """Which micro-batch is not finite, in words."""
+        where = f"update {self.done + 1}"
+        if not found.non_finite:
+            return f"{where}: the gradient is not finite, although the loss ({found.loss:g}) is"
+        first = found.non_finite[0]
+        return (
+            f"{where}, micro-batch {first + 1} of {len(batches)}: the loss or its representations "
+            f"are not finite, queries {', '.join(batches[first].query_ids)}"
+        )
+
+    def _bank_copy(self) -> dict[str, Any] | None:
+        bank = self.method.bank
+        return None if bank is None else copy.deepcopy(bank.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the weights."""
         bank = self.method.bank
         return {
             "updates": self.done,
+            "skipped": self.skipped,
             "optimizer": self.optimizer.state_dict(),
             "bank": None if bank is None else bank.state_dict(),
             "random": random_state(),
@@ -187,7 +218,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as if never stopped; the model must hold the weights saved with the state."""
-        self.done = state["updates"]
+        self.done, self.skipped = state["updates"], state["skipped"]
         self.optimizer.load_state_dict(state["optimizer"])
         if self.method.bank is not None:
             self.method.bank.load_state_dict(state["bank"])
