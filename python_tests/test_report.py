@@ -12,7 +12,7 @@ from contaccum_ext.datasets import EvalQuery, RetrievalDataset
 from contaccum_ext.reporting import metric_table, trained_verdicts, write_report
 from contaccum_ext.reporting.plots import gradient_ratio_plot, loss_plot, smooth
 from contaccum_ext.training.comparison import Comparison, Row, paired_difference
-from contaccum_ext.training.trainer import UpdateMetrics
+from contaccum_ext.training.metrics import UpdateMetrics
 
 
 def history(losses, ratio=1.0):

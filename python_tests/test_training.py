@@ -184,7 +184,10 @@ def test_metrics_file_has_a_line_per_update(start, tmp_path):
 
 
 def test_bf16_trains_close_to_fp32(start, tmp_path):
-    losses = [make_trainer(start, tmp_path, bf16=bf16).update().loss for bf16 in (False, True)]
+    losses = [
+        make_trainer(start, tmp_path, precision=precision).update().loss
+        for precision in ("fp32", "bf16")
+    ]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
     assert losses[1] != losses[0]
 

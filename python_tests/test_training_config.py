@@ -68,6 +68,14 @@ def test_assignment_without_key_and_value_is_refused(assignment):
         parse_assignments([assignment])
 
 
+def test_settings_of_0_1_are_still_read():
+    for value, precision in ((True, "bf16"), (False, "fp32")):
+        assert TrainConfig.from_mapping({"bf16": value, "seed": 3}).precision == precision
+    for values in ({"bf16": True, "precision": "fp16"}, {"bf16": "yes"}):
+        with pytest.raises(ConfigError, match=r"old\.yaml: bf16: expected 'precision: bf16'"):
+            TrainConfig.from_mapping(values, "old.yaml")
+
+
 def test_round_trip_through_a_mapping():
     config = TrainConfig(method="prebatch", learning_rate=3e-4, layers=2)
     assert TrainConfig.from_mapping(config.to_dict()) == config

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from contaccum_ext.training.comparison import Comparison
-from contaccum_ext.training.trainer import UpdateMetrics
+from contaccum_ext.training.metrics import UpdateMetrics
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = {

@@ -17,7 +17,7 @@ def bank_warnings(config: TrainConfig, capacity: int) -> list[str]:
         config: settings of the run; methods without a bank never warn.
         capacity: slots of the bank.
     """
-    if not METHODS[config.method].banks:
+    if METHODS[config.method].banks(config) is None or config.clear_bank_every_update:
         return []
     updates = capacity / config.update_size
     age = f"bank_size {capacity} keeps vectors up to {updates:.0f} updates old"

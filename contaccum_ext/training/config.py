@@ -27,6 +27,8 @@ from contaccum_ext.training.rules import (
 
 AUTO_BANK_UPDATES = 8  # slots of `bank_size: auto`, in slots filled by one optimizer update (n * K)
 
+PRECISIONS = ("fp32", "bf16", "fp16")
+
 
 def _setting(default: Any, rule: Rule, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"rule": rule, "help": help})
@@ -56,6 +58,19 @@ class TrainConfig:
     row_weighting: str = _setting(
         "local", choice("local", "all"), "weight of a loss row: 1/n, or the paper's 1/(n+filled)"
     )
+    bank_query: bool = _setting(True, boolean(), "banked queries are loss rows")
+    bank_passage: bool = _setting(
+        True, boolean(), "banked passages are negatives of queries other than their own"
+    )
+    bank_hard_negatives: bool = _setting(
+        True, boolean(), "bank hard negatives too; without them the loss is slower plain PyTorch"
+    )
+    clear_bank_every_update: bool = _setting(
+        False, boolean(), "forget the banks when an update begins: no past encoder"
+    )
+    bank_warmup_updates: int = _setting(
+        0, integer(0), "updates during which the banks fill and are not yet used"
+    )
     temperature: float = _setting(0.05, POSITIVE, "scores are divided by it")
     pooling: str = _setting("mean", choice("mean", "cls"), "how token vectors become one vector")
     normalize: bool = _setting(True, boolean(), "scale embeddings to length 1 (cosine scores)")
@@ -72,6 +87,9 @@ class TrainConfig:
     learning_rate: float = _setting(5e-5, POSITIVE, "AdamW peak learning rate")
     weight_decay: float = _setting(0.01, NOT_NEGATIVE, "not applied to biases and layer norms")
     warmup_ratio: float = _setting(0.1, FRACTION, "share of the updates with rising learning rate")
+    warmup_updates: int | None = _setting(
+        None, or_word(integer(0), None), "updates with rising learning rate, instead of their share"
+    )
     max_grad_norm: float = _setting(2.0, POSITIVE, "gradients are clipped to this norm")
     on_nonfinite: str = _setting(
         "stop",
@@ -83,7 +101,13 @@ class TrainConfig:
         None, or_word(integer(1), None), "optimizer updates, instead of whole epochs"
     )
     seed: int = _setting(1, integer(0), "fixes data order, negatives, dropout")
-    bf16: bool = _setting(False, boolean(), "encode under bfloat16 autocast")
+    precision: str = _setting(
+        "fp32", choice(*PRECISIONS), "bf16, fp16: encode under autocast; fp16 scales the loss"
+    )
+    gradient_checkpointing: bool = _setting(
+        False, boolean(), "keep no activations inside the layers, compute them again: less memory"
+    )
+    compile: bool = _setting(False, boolean(), "compile the encoders with torch.compile")
     device: str = _setting("auto", choice("auto", "cpu", "cuda"), "where to train")
     checkpoint_every: int = _setting(0, integer(0), "updates between checkpoints; 0: only the end")
     keep_checkpoints: int = _setting(2, integer(1), "newest intermediate checkpoints kept")
@@ -98,6 +122,7 @@ class TrainConfig:
                 raise ConfigError(
                     f"{field.name}: expected {rule.expectation}, got {value!r}"
                 ) from None
+        METHODS[self.method].banks(self)  # refuses a combination that leaves no bank
 
     @property
     def update_size(self) -> int:
@@ -121,6 +146,7 @@ class TrainConfig:
         Raises:
             ConfigError: unknown key (the nearest known one is suggested) or unusable value.
         """
+        values = _with_precision(values, source)
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
@@ -131,6 +157,17 @@ class TrainConfig:
             return cls(**values)
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
+
+
+def _with_precision(values: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """Settings of 0.1 had `bf16: true`."""
+    if "bf16" not in values:
+        return values
+    others = {key: value for key, value in values.items() if key != "bf16"}
+    words = {True: "bf16", False: "fp32"}
+    if "precision" in values or not isinstance(values["bf16"], bool):
+        raise ConfigError(f"{source}: bf16: expected 'precision: bf16' instead, got bf16 too")
+    return others | {"precision": words[values["bf16"]]}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ into batches, and in what a batch is scored against:
     inbatch     one batch of n*K: every passage of the update is a negative (needs the memory)
     gradaccum   K micro-batches of n, each scored against itself only
     contaccum   K micro-batches of n, each scored against itself and both memory banks
-    prebatch    as contaccum with the passage bank only: banked queries are no loss rows
+    prebatch    contaccum with `bank_query: false`: banked queries are no loss rows
     gradcache   the loss and the gradients of inbatch in the memory of n, by encoding twice
     gradcache_contaccum   likewise, the whole update scored against both memory banks too
 """
@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from contaccum_ext.bank import DualMemoryBank
-from contaccum_ext.functional import contaccum_loss
 from contaccum_ext.training.random_state import device_random_state, set_device_random_state
+from contaccum_ext.training.rules import ConfigError
+from contaccum_ext.training.scoring import Scoring
 
 if TYPE_CHECKING:
+    from contaccum_ext.bank import DualMemoryBank
     from contaccum_ext.training.config import TrainConfig
     from contaccum_ext.training.data import Batch
 
@@ -58,7 +59,8 @@ class Method:
         device: where embeddings live.
     """
 
-    banks: ClassVar[str | None] = None
+    banked: ClassVar[bool] = False
+    query_bank: ClassVar[bool] = True  # where False, whatever `bank_query` says
 
     def __init__(
         self, config: TrainConfig, dim: int, training_queries: int, device: torch.device
@@ -67,38 +69,35 @@ class Method:
         self.device = device
         # Where the op has no kernel for the device, the few embeddings travel to the CPU.
         self.loss_device = device if op_runs_on(device) else torch.device("cpu")
-        self.bank: DualMemoryBank | None = None
-        if self.banks:
-            self.bank = DualMemoryBank(
-                config.bank_capacity(training_queries),
-                dim,
-                passages_per_query=1 + config.hard_negatives,
-                device=self.loss_device,
-                drift=config.drift,
+        self.scoring = Scoring(config, self.banks(config), dim, training_queries, self.loss_device)
+
+    @classmethod
+    def banks(cls, config: TrainConfig) -> str | None:
+        """The `banks` of `contaccum_loss`; None for no bank.
+
+        Raises:
+            ConfigError: neither bank is left.
+        """
+        if not cls.banked:
+            return None
+        query, passage = config.bank_query and cls.query_bank, config.bank_passage
+        if not (query or passage):
+            raise ConfigError(
+                f"bank_passage: expected true where method={config.method} and bank_query="
+                f"{str(config.bank_query).lower()} leave no other bank, got false; the method "
+                f"without banks is gradaccum"
             )
+        return "both" if query and passage else "queries" if query else "passages"
+
+    @property
+    def bank(self) -> DualMemoryBank | None:
+        """The bank, where the method has one."""
+        return self.scoring.bank
 
     @staticmethod
     def micro_batch_size(config: TrainConfig) -> int:
         """Examples encoded together."""
         return config.local_batch_size
-
-    def loss(self, queries: Tensor, passages: Tensor, passage_ids: Tensor) -> Tensor:
-        """Loss of what is scored together, in fp32.
-
-        Args:
-            queries: (n, d).
-            passages: (n, m, d), positive first.
-            passage_ids: (n, m) int64.
-        """
-        return contaccum_loss(
-            queries,
-            passages,
-            self.bank,
-            temperature=self.config.temperature,
-            passage_ids=self._ids(passage_ids),
-            row_weighting=self.config.row_weighting,
-            banks=self.banks or "both",
-        )
 
     def accumulate(
         self, encode: Encode, batches: Sequence[Batch], scale: Scale = lambda loss: loss
@@ -118,7 +117,7 @@ class Method:
         for batch in batches:
             queries, passages = (vectors.to(self.loss_device) for vectors in encode(batch))
             passage_ids = batch.passage_ids.to(self.loss_device)
-            loss = self.loss(queries, passages, passage_ids)
+            loss = self.scoring.loss(queries, passages, passage_ids)
             share = batch.size / examples
             scale(loss * share).backward()
             in_batch = self._in_batch_loss(queries, passages, passage_ids)
@@ -128,9 +127,6 @@ class Method:
         total, in_batch_total = per_batch.sum(0).tolist()
         return Accumulated(total, in_batch_total, tuple(bad))
 
-    def _ids(self, passage_ids: Tensor) -> Tensor | None:
-        return passage_ids if self.config.mask_false_negatives else None
-
     @torch.no_grad()
     def _in_batch_loss(self, queries: Tensor, passages: Tensor, passage_ids: Tensor) -> Tensor:
         size = self.config.local_batch_size
@@ -139,13 +135,7 @@ class Method:
         )
         total = queries.new_zeros(())
         for group_queries, group_passages, group_ids in groups:
-            loss = contaccum_loss(
-                group_queries,
-                group_passages,
-                None,
-                temperature=self.config.temperature,
-                passage_ids=self._ids(group_ids),
-            )
+            loss = self.scoring.in_batch_loss(group_queries, group_passages, group_ids)
             total += len(group_queries) / len(queries) * loss
         return total
 
@@ -165,13 +155,13 @@ class GradAccum(Method):
 class ContAccum(Method):
     """Memory banks of queries and passages shared by the micro-batches (arXiv 2406.12356)."""
 
-    banks = "both"
+    banked = True
 
 
-class PreBatch(Method):
+class PreBatch(ContAccum):
     """Passage bank only: more negatives, unbalanced gradients."""
 
-    banks = "passages"
+    query_bank = False
 
 
 class GradCache(Method):
@@ -195,7 +185,7 @@ class GradCache(Method):
             torch.cat(side).requires_grad_() for side in zip(*encoded, strict=True)
         )
         passage_ids = torch.cat([batch.passage_ids for batch in batches]).to(self.loss_device)
-        loss = self.loss(queries, passages, passage_ids)
+        loss = self.scoring.loss(queries, passages, passage_ids)
         loss.backward()
         in_batch = self._in_batch_loss(queries, passages, passage_ids)
         finite = [torch.stack([v.sum() for v in pair]).isfinite().all() for pair in encoded]
@@ -224,7 +214,7 @@ class GradCache(Method):
 class GradCacheContAccum(GradCache):
     """The whole update scored against itself and both memory banks, encoded n at a time, twice."""
 
-    banks = "both"
+    banked = True
 
 
 METHODS: dict[str, type[Method]] = {

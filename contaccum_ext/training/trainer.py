@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +20,15 @@ from contaccum_ext.training.config import TrainConfig
 from contaccum_ext.training.data import Batch, Collator, Draw, Sampler, fingerprint
 from contaccum_ext.training.encoder import DualEncoder
 from contaccum_ext.training.methods import METHODS, Accumulated
+from contaccum_ext.training.metrics import DivergedError, UpdateMetrics
 from contaccum_ext.training.optimization import (
+    GradientNorms,
     LinearSchedule,
     build_optimizer,
     clip_gradients,
     warmup_updates,
 )
+from contaccum_ext.training.precision import autocast_dtype, gradient_scaler
 from contaccum_ext.training.random_state import random_state, seed_everything, set_random_state
 from contaccum_ext.training.run_directory import RunDirectory
 
@@ -35,26 +37,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from contaccum_ext.datasets.base import RetrievalDataset
-
-
-@dataclass(frozen=True)
-class UpdateMetrics:
-    """One line of metrics.jsonl."""
-
-    update: int  # counted from 1
-    loss: float | None  # of the method; comparable within a method only; None in a skipped update
-    in_batch_loss: float | None  # over groups of n without a bank; comparable between methods
-    learning_rate: float
-    grad_norm_query: float | None  # None in a skipped update
-    grad_norm_passage: float | None  # None with a shared encoder too
-    grad_norm_ratio: float | None  # passage / query
-    queries_per_second: float
-    bank_filled: int  # slots
-    skipped: int  # updates so far that changed nothing
-
-
-class DivergedError(RuntimeError):
-    """Loss or gradient is not finite; the weights are still those before the update."""
 
 
 class Trainer:
@@ -82,6 +64,8 @@ class Trainer:
         seed_everything(config.seed)
         self.device = resolve_device(config.device)
         self.model = model.to(self.device)
+        self.model.prepare_training(config)
+        self.scaler = gradient_scaler(config, self.device)
         self.tokenizer = tokenizer
         self.config = config
         self.run = RunDirectory(output)
@@ -93,7 +77,7 @@ class Trainer:
         )
         self.total = config.max_updates or config.epochs * self.sampler.updates_per_epoch
         self.schedule = LinearSchedule(
-            config.learning_rate, warmup_updates(self.total, config.warmup_ratio), self.total
+            config.learning_rate, warmup_updates(self.total, config), self.total
         )
         self.optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
         self.done = 0  # updates, skipped ones among them
@@ -160,18 +144,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         batches = self._micro_batches(draws)
         bank_before = self._bank_copy() if self.config.on_nonfinite == "skip" else None
-        found = self.method.accumulate(self._encode, batches)
-        norms = None
-        if not found.non_finite:
-            norms = clip_gradients(self.model, self.config.max_grad_norm)
-        if norms is not None and math.isfinite(norms.query + (norms.passage or 0.0)):
-            self.optimizer.step()
-        else:
+        self.method.scoring.begin_update(self.done)
+        found = self.method.accumulate(self._encode, batches, self.scaler.scale)
+        norms = None if found.non_finite else self._step()
+        if norms is None:
             problem = self._problem(found, batches)
             if self.config.on_nonfinite == "stop":
                 raise DivergedError(f"{problem}; lower learning_rate, or raise temperature")
             warnings.warn(f"skipped: {problem}", stacklevel=2)
-            norms = None
             self.skipped += 1
             if bank_before is not None and self.method.bank is not None:
                 self.method.bank.load_state_dict(bank_before)
@@ -188,7 +168,22 @@ class Trainer:
             queries_per_second=len(draws) / (time.perf_counter() - started),
             bank_filled=0 if self.method.bank is None else len(self.method.bank),
             skipped=self.skipped,
+            loss_scale=self.scaler.get_scale() if self.scaler.is_enabled() else None,
         )
+
+    def _step(self) -> GradientNorms | None:
+        """Clip and apply the gradients; None where they are not finite and nothing was done."""
+        self.scaler.unscale_(self.optimizer)
+        norms = clip_gradients(self.model, self.config.max_grad_norm)
+        # Too large a loss scale is found out by trying: the scaler halves it, and the run goes on.
+        overflowed = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        if norms.finite:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if norms.finite:
+            return norms
+        self.skipped += overflowed
+        return GradientNorms(None, None) if overflowed else None
 
     def _problem(self, found: Accumulated, batches: Sequence[Batch]) -> str:
         """Which micro-batch is not finite, in words."""
@@ -212,6 +207,7 @@ class Trainer:
             "updates": self.done,
             "skipped": self.skipped,
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "bank": None if bank is None else bank.state_dict(),
             "random": random_state(),
         }
@@ -220,6 +216,7 @@ class Trainer:
         """Go on as if never stopped; the model must hold the weights saved with the state."""
         self.done, self.skipped = state["updates"], state["skipped"]
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
         if self.method.bank is not None:
             self.method.bank.load_state_dict(state["bank"])
         set_random_state(state["random"])
@@ -232,7 +229,8 @@ class Trainer:
         ]
 
     def _encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+        dtype = autocast_dtype(self.config)
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             return self.model(batch)
 
     def _save(self, path: Path, state: dict[str, Any] | None = None) -> None:
