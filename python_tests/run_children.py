@@ -51,6 +51,7 @@ class Runs:
             "accumulation_steps": 2,
             "bank_size": 20,
             "checkpoint_every": 2,
+            "diagnostics_every": 3,
         }
         for key, value in settings.items():
             self.arguments += ["--set", f"{key}={value}"]
@@ -75,7 +76,7 @@ class Runs:
 def lines_without_times(output: Path) -> list[dict]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        del line["queries_per_second"]
+        del line["queries_per_second"], line["peak_memory"]
     return lines
 
 
@@ -107,5 +108,5 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     assert len(states) == 2
     for path in states:
         state = torch.load(ours / path, weights_only=True)
-        assert state["bank"]["bank_queries"].abs().sum() > 0
+        assert state["scoring"]["bank"]["bank_queries"].abs().sum() > 0
         assert_same_state(state, torch.load(theirs / path, weights_only=True))

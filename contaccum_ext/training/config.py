@@ -111,6 +111,10 @@ class TrainConfig:
     device: str = _setting("auto", choice("auto", "cpu", "cuda"), "where to train")
     checkpoint_every: int = _setting(0, integer(0), "updates between checkpoints; 0: only the end")
     keep_checkpoints: int = _setting(2, integer(1), "newest intermediate checkpoints kept")
+    diagnostics_every: int = _setting(
+        0, integer(0), "updates between looks at what rows give their attention to; 0: none"
+    )
+    tensorboard: bool = _setting(False, boolean(), "write the metrics for TensorBoard too")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -117,7 +117,8 @@ class Method:
         for batch in batches:
             queries, passages = (vectors.to(self.loss_device) for vectors in encode(batch))
             passage_ids = batch.passage_ids.to(self.loss_device)
-            loss = self.scoring.loss(queries, passages, passage_ids)
+            last = batch is batches[-1]
+            loss = self.scoring.loss(queries, passages, passage_ids, last)
             share = batch.size / examples
             scale(loss * share).backward()
             in_batch = self._in_batch_loss(queries, passages, passage_ids)
@@ -185,7 +186,7 @@ class GradCache(Method):
             torch.cat(side).requires_grad_() for side in zip(*encoded, strict=True)
         )
         passage_ids = torch.cat([batch.passage_ids for batch in batches]).to(self.loss_device)
-        loss = self.scoring.loss(queries, passages, passage_ids)
+        loss = self.scoring.loss(queries, passages, passage_ids, last=True)
         loss.backward()
         in_batch = self._in_batch_loss(queries, passages, passage_ids)
         finite = [torch.stack([v.sum() for v in pair]).isfinite().all() for pair in encoded]

@@ -20,6 +20,12 @@ class UpdateMetrics:
     bank_filled: int  # slots
     skipped: int  # updates so far that left the weights as they were
     loss_scale: float | None = None  # of fp16
+    bank_oldest: int | None = None  # age of the oldest slot, in updates
+    peak_memory: float | None = None  # MiB: of this update on a GPU, else of the process so far
+    # Of the last micro-batch, in every `diagnostics_every`-th update: see `diagnostics.Look`.
+    masked_pairs: int | None = None
+    mass_local: float | None = None
+    mass_by_age: list[float] | None = None
 
 
 class DivergedError(RuntimeError):

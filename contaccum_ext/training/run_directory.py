@@ -4,6 +4,7 @@ RUN/run.json                 settings and data the run was started with
 RUN/metrics.jsonl            a line per optimizer update
 RUN/checkpoint-NNNNNN/       the newest intermediate checkpoints
 RUN/final/                   the last checkpoint
+RUN/tensorboard/             event files, if wanted
 RUN/.lock                    held while a process trains here
 """
 
@@ -37,7 +38,7 @@ METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 # What may differ between the parts of a run: it changes no number.
-FREE_SETTINGS = ("checkpoint_every", "keep_checkpoints")
+FREE_SETTINGS = ("checkpoint_every", "keep_checkpoints", "tensorboard")
 
 
 class RunError(ValueError):

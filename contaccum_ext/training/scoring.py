@@ -9,6 +9,7 @@ from torch import Tensor
 
 from contaccum_ext.bank import DualMemoryBank
 from contaccum_ext.functional import contaccum_loss
+from contaccum_ext.training.diagnostics import BankAges, Look, look
 from contaccum_ext.training.positive_bank import positive_bank_loss
 
 if TYPE_CHECKING:
@@ -45,25 +46,39 @@ class Scoring:
                 device=device,
                 drift=config.drift,
             )
-        self._in_use = config.bank_warmup_updates == 0
+        self.ages = BankAges(0 if self.bank is None else self.bank.capacity)
+        self.look: Look | None = None  # of the last micro-batch of this update, if it was wanted
+        self._update = 0
 
     def begin_update(self, update: int) -> None:
         """Prepare the bank for update `update`, counted from 0."""
-        self._in_use = update >= self.config.bank_warmup_updates
+        self._update = update
+        self.look = None
         if self.bank is not None and self.config.clear_bank_every_update:
             self.bank.clear()
+            self.ages.clear()
 
-    def loss(self, queries: Tensor, passages: Tensor, passage_ids: Tensor) -> Tensor:
+    def loss(
+        self, queries: Tensor, passages: Tensor, passage_ids: Tensor, last: bool = False
+    ) -> Tensor:
         """() fp32 loss against the bank as it was, then enqueue.
 
         Args:
             queries: (n, d).
             passages: (n, m, d), positive first.
             passage_ids: (n, m) int64.
+            last: no other batch of this update follows; this one is looked at, when it is time to.
         """
         if self.bank is None:
             return self.in_batch_loss(queries, passages, passage_ids)
-        if not self._in_use:
+        every = self.config.diagnostics_every
+        waiting = self._update < self.config.bank_warmup_updates
+        if last and every and (self._update + 1) % every == 0 and not waiting:
+            ages, ids = self.ages.of_slots(self._update), self._ids(passage_ids)
+            batch, temperature = (queries, passages, ids), self.config.temperature
+            self.look = look(*batch, self.bank, ages, temperature, self.banks or "both")
+        self.ages.enqueue(self._update, len(queries))
+        if waiting:
             # The bank fills while it waits, and costs no update of negatives when it comes in.
             with torch.no_grad():
                 self._against_bank(queries, passages, passage_ids)
@@ -75,6 +90,21 @@ class Scoring:
         return contaccum_loss(
             queries, passages, None, self.config.temperature, self._ids(passage_ids)
         )
+
+    def oldest(self) -> int | None:
+        """Age of the oldest slot in updates; None without a bank or with an empty one."""
+        return self.ages.oldest(self._update)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later losses depend on."""
+        bank = None if self.bank is None else self.bank.state_dict()
+        return {"bank": bank, "ages": self.ages.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        if self.bank is not None:
+            self.bank.load_state_dict(state["bank"])
+        self.ages.set_state(state["ages"])
 
     def _against_bank(self, queries: Tensor, passages: Tensor, passage_ids: Tensor) -> Tensor:
         assert self.bank is not None and self.banks is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 import warnings
 from collections.abc import Sequence
@@ -15,9 +14,10 @@ import torch
 from tqdm.auto import tqdm
 
 from contaccum_ext.training.bank_width import bank_warnings
-from contaccum_ext.training.checkpoint import Checkpoint, flush, save_checkpoint
+from contaccum_ext.training.checkpoint import Checkpoint, save_checkpoint
 from contaccum_ext.training.config import TrainConfig
 from contaccum_ext.training.data import Batch, Collator, Draw, Sampler, fingerprint
+from contaccum_ext.training.diagnostics import peak_memory, reset_peak_memory
 from contaccum_ext.training.encoder import DualEncoder
 from contaccum_ext.training.methods import METHODS, Accumulated
 from contaccum_ext.training.metrics import DivergedError, UpdateMetrics
@@ -31,6 +31,7 @@ from contaccum_ext.training.optimization import (
 from contaccum_ext.training.precision import autocast_dtype, gradient_scaler
 from contaccum_ext.training.random_state import random_state, seed_everything, set_random_state
 from contaccum_ext.training.run_directory import RunDirectory
+from contaccum_ext.training.run_log import RunLog
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,12 +108,11 @@ class Trainer:
         )
         if self.done == 0:
             self.run.begin(self.config, self.data)
-        with bar, self.run.open_log(self.done) as log:
+        with bar, RunLog(self.run, self.done, self.config.tensorboard) as log:
             while self.done < self.total:
                 metrics = self.update()
                 history.append(metrics)
-                log.write(json.dumps(asdict(metrics)) + "\n")
-                log.flush()
+                log.write(metrics)
                 loss = metrics.in_batch_loss
                 bar.set_postfix_str(
                     f"loss {'skipped' if loss is None else f'{loss:.3f}'}, "
@@ -122,7 +122,7 @@ class Trainer:
                 bar.update()
                 every = self.config.checkpoint_every
                 if every and self.done % every == 0 and self.done < self.total:
-                    flush(self.run.metrics)
+                    log.flush()
                     self._save(self.run.checkpoint(self.done), self.state_dict())
                     self.run.prune(self.config.keep_checkpoints)
         self._save(self.run.final)
@@ -136,6 +136,7 @@ class Trainer:
                 are left as they were.
         """
         started = time.perf_counter()
+        reset_peak_memory(self.device)
         draws = self.sampler.update(self.done)
         learning_rate = self.schedule.at(self.done)
         for group in self.optimizer.param_groups:
@@ -143,8 +144,10 @@ class Trainer:
 
         self.optimizer.zero_grad(set_to_none=True)
         batches = self._micro_batches(draws)
-        bank_before = self._bank_copy() if self.config.on_nonfinite == "skip" else None
-        self.method.scoring.begin_update(self.done)
+        scoring = self.method.scoring
+        may_skip = self.config.on_nonfinite == "skip"
+        before = copy.deepcopy(scoring.state_dict()) if may_skip else None
+        scoring.begin_update(self.done)
         found = self.method.accumulate(self._encode, batches, self.scaler.scale)
         norms = None if found.non_finite else self._step()
         if norms is None:
@@ -153,8 +156,8 @@ class Trainer:
                 raise DivergedError(f"{problem}; lower learning_rate, or raise temperature")
             warnings.warn(f"skipped: {problem}", stacklevel=2)
             self.skipped += 1
-            if bank_before is not None and self.method.bank is not None:
-                self.method.bank.load_state_dict(bank_before)
+            if before is not None:
+                scoring.load_state_dict(before)
         self.done += 1
 
         return UpdateMetrics(
@@ -169,6 +172,9 @@ class Trainer:
             bank_filled=0 if self.method.bank is None else len(self.method.bank),
             skipped=self.skipped,
             loss_scale=self.scaler.get_scale() if self.scaler.is_enabled() else None,
+            bank_oldest=scoring.oldest(),
+            peak_memory=peak_memory(self.device),
+            **({} if norms is None or scoring.look is None else asdict(scoring.look)),
         )
 
     def _step(self) -> GradientNorms | None:
@@ -196,19 +202,14 @@ class Trainer:
             f"are not finite, queries {', '.join(batches[first].query_ids)}"
         )
 
-    def _bank_copy(self) -> dict[str, Any] | None:
-        bank = self.method.bank
-        return None if bank is None else copy.deepcopy(bank.state_dict())
-
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the weights."""
-        bank = self.method.bank
         return {
             "updates": self.done,
             "skipped": self.skipped,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "bank": None if bank is None else bank.state_dict(),
+            "scoring": self.method.scoring.state_dict(),
             "random": random_state(),
         }
 
@@ -217,8 +218,7 @@ class Trainer:
         self.done, self.skipped = state["updates"], state["skipped"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        if self.method.bank is not None:
-            self.method.bank.load_state_dict(state["bank"])
+        self.method.scoring.load_state_dict(state["scoring"])
         set_random_state(state["random"])
 
     def _micro_batches(self, draws: Sequence[Draw]) -> list[Batch]:
