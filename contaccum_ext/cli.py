@@ -120,7 +120,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         TrainingDataError,
         OSError,
     )
-    run = {"demo": commands.demo, "train": commands.train, "eval": commands.evaluate}
+    run = {
+        "demo": commands.demo,
+        "train": commands.train,
+        "eval": commands.evaluate,
+        "report": commands.report,
+    }
     _quieten()
     try:
         with warnings.catch_warnings():
@@ -186,6 +191,22 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", required=True, help=DATA_HELP)
     evaluate.add_argument("--split", choices=("valid", "test"), default="test")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
+
+    report = commands.add_parser(
+        "report",
+        help="compare training runs on one page",
+        description="Write one HTML page with the curves, the figures and the settings of training "
+        "runs, finished or not. It needs no network and no other file.",
+    )
+    report.set_defaults(name="report")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="OUTPUT of a run")
+    report.add_argument(
+        "--output",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="default: report.html",
+    )
     return parser
 
 

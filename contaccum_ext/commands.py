@@ -1,4 +1,4 @@
-"""What the `contaccum` command does: demo, train, eval."""
+"""What the `contaccum` command does: demo, train, eval, report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from typing import Any
 import torch
 
 from contaccum_ext.datasets import RetrievalDataset, load_dataset
-from contaccum_ext.reporting import metric_table, trained_verdicts, write_report
+from contaccum_ext.reporting import (
+    metric_table,
+    read_run,
+    trained_verdicts,
+    write_report,
+    write_run_report,
+)
 from contaccum_ext.reporting.table import align
 from contaccum_ext.retrieval import bm25_run, evaluate_run, mine_negatives
 from contaccum_ext.training import (
@@ -77,12 +83,12 @@ def demo(options: argparse.Namespace) -> None:
     else:
         config = _settings(options)
     comparison = compare(dataset, options.encoder, config, options.methods, options.output, say=say)
-    report = options.output / "report.html"
-    write_report(comparison, report, options.command)
+    page = options.output / "report.html"
+    write_report(comparison, page, options.command)
     print(f"\n{metric_table(comparison)}\n")
     for line in trained_verdicts(comparison):
         print(line)
-    print(f"\nreport: {report}   ({time.perf_counter() - begin:.0f} s in all)")
+    print(f"\nreport: {page}   ({time.perf_counter() - begin:.0f} s in all)")
 
 
 def train(options: argparse.Namespace) -> None:
@@ -147,6 +153,12 @@ def evaluate(options: argparse.Namespace) -> None:
     print(align(lines))
     if options.json:
         options.json.write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def report(options: argparse.Namespace) -> None:
+    """Compare training runs on one page."""
+    write_run_report([read_run(run) for run in options.runs], options.output, options.command)
+    print(f"report: {options.output}")
 
 
 def _settings(

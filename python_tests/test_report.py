@@ -99,13 +99,13 @@ def test_smoothing_is_a_running_mean():
 
 
 def test_plots_show_the_trained_methods_and_repeat_exactly(comparison):
-    svg = loss_plot(comparison)
+    svg = loss_plot(comparison.histories())
     assert svg.startswith("<svg")
     assert ">gradaccum<" in svg
     assert ">contaccum<" in svg
     assert ">BM25<" not in svg
-    assert loss_plot(comparison) == svg
-    assert ">gradient norm, passage / query encoder<" in gradient_ratio_plot(comparison)
+    assert loss_plot(comparison.histories()) == svg
+    assert ">gradient norm, passage / query encoder<" in gradient_ratio_plot(comparison.histories())
 
 
 class Page(HTMLParser):

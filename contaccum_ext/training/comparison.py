@@ -55,6 +55,10 @@ class Comparison:
         """The row of that name."""
         return next(row for row in self.rows if row.name == name)
 
+    def histories(self) -> dict[str, list[UpdateMetrics]]:
+        """Metrics of every update, by the name of what was trained."""
+        return {row.name: row.history for row in self.rows if row.history}
+
 
 def compare(
     dataset: RetrievalDataset,

@@ -94,17 +94,13 @@ class RunDirectory:
         Raises:
             RunError: naming what differs, or the file that tells is missing or damaged.
         """
-        file = self.path / RUN_FILE
         try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
-            saved_config = TrainConfig.from_mapping(settings["config"], str(file))
-            saved_data = dict(settings["data"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = str(error) if isinstance(error, ConfigError) else f"{file}: missing or damaged"
+            saved = read_identity(self)
+        except RunError as error:
             raise RunError(
-                f"--resume: what {self.path} was trained with cannot be told ({reason})"
+                f"--resume: what {self.path} was trained with cannot be told ({error})"
             ) from None
-        refuse_difference(self.path, (config, data), (saved_config, saved_data))
+        refuse_difference(self.path, (config, data), saved)
 
     def newest(self) -> Path | None:
         """The newest intermediate checkpoint."""
@@ -154,6 +150,23 @@ def _update_of(line: str) -> float:
         return int(json.loads(line)["update"])
     except (ValueError, KeyError, TypeError):
         return float("inf")  # the writer was killed in the middle of it
+
+
+def read_identity(run: RunDirectory) -> tuple[TrainConfig, dict[str, str]]:
+    """Settings of a run and the `fingerprint` of its data.
+
+    Raises:
+        RunError: the file that tells is missing or damaged.
+    """
+    file = run.path / RUN_FILE
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        config = TrainConfig.from_mapping(settings["config"], str(file))
+        return config, dict(settings["data"])
+    except ConfigError as error:
+        raise RunError(str(error)) from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(f"{file}: missing or damaged") from None
 
 
 def refuse_difference(
