@@ -39,6 +39,7 @@ from contaccum_ext.training.data import fingerprint
 from contaccum_ext.training.encoder import load_tokenizer
 from contaccum_ext.training.run_directory import load_resumable, refuse_difference
 from contaccum_ext.training.scratch import ScratchConfig, write_scratch_encoder
+from contaccum_ext.training.trainer import resolve_device
 
 # From random initialisation; chosen on the validation queries of 'stdlib', where this learning
 # rate is the best of 1.5e-4 ... 5e-4 for gradaccum over three seeds.
@@ -62,7 +63,7 @@ def demo(options: argparse.Namespace) -> None:
     for method in options.methods:
         if method not in METHODS:
             raise UsageError(f"--methods: expected some of {', '.join(METHODS)}, got {method!r}")
-    dataset = _load_data(options, "test")
+    dataset = load_data(options, "test")
     if options.encoder is None:
         if "OMP_NUM_THREADS" not in os.environ:
             # On tensors this small a second thread gains little on an idle machine, and makes
@@ -105,7 +106,7 @@ def train(options: argparse.Namespace) -> None:
                 )
             stack.enter_context(run.locked())
             run.refuse_other(config, {})
-        dataset = _load_data(options)
+        dataset = load_data(options)
         if going_on:
             run.refuse_other(config, fingerprint(dataset))
         if standing(run.final).exists():
@@ -137,9 +138,10 @@ def _trainer(
 
 def evaluate(options: argparse.Namespace) -> None:
     """Score a checkpoint, beside BM25."""
-    dataset = _load_data(options, options.split)
+    dataset = load_data(options, options.split)
     queries = dataset.eval_queries(options.split)
     checkpoint = load_checkpoint(options.checkpoint)
+    checkpoint.model.to(resolve_device(options.device))
     say(f"{len(queries)} {options.split} queries over {len(dataset.corpus)} passages")
     runs = {
         "BM25": bm25_run(dataset, queries),
@@ -179,7 +181,12 @@ def _settings(
     return TrainConfig.from_mapping(values)
 
 
-def _load_data(options: argparse.Namespace, split: str | None = None) -> RetrievalDataset:
+def load_data(options: argparse.Namespace, split: str | None = None) -> RetrievalDataset:
+    """The data set of --data, which must have the split.
+
+    Raises:
+        UsageError: it has not.
+    """
     begin = time.perf_counter()
     dataset = load_dataset(options.data)
     if split:
