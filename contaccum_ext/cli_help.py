@@ -54,9 +54,10 @@ Train a query and a passage encoder. OUTPUT receives
   checkpoint-NNNNNN/            the same every `checkpoint_every` updates, with what --resume needs
   run.json                      settings and data of the run
 
-A run that was killed, at whatever moment, goes on with the same command and --resume, and ends with
-the same bits as if it had not been. Settings and data must be the same; `checkpoint_every` and
-`keep_checkpoints` may change. A run is never overwritten, and a finished one is left as it is.
+A run that was killed, at whatever moment, goes on with the same command and --resume, and ends as
+if it had not been (on the CPU to the bit). Settings and data must be the same; `checkpoint_every`,
+`keep_checkpoints` and `tensorboard` may change. A run is never overwritten, and a finished one is
+left as it is.
 """
 
 DATA_HELP = (

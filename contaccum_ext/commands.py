@@ -35,7 +35,6 @@ from contaccum_ext.training import (
 from contaccum_ext.training.checkpoint import standing
 from contaccum_ext.training.comparison import compare, dense_run
 from contaccum_ext.training.config import parse_assignments, read_yaml
-from contaccum_ext.training.data import fingerprint
 from contaccum_ext.training.encoder import load_tokenizer
 from contaccum_ext.training.run_directory import load_resumable, refuse_difference
 from contaccum_ext.training.scratch import ScratchConfig, write_scratch_encoder
@@ -107,8 +106,6 @@ def train(options: argparse.Namespace) -> None:
             stack.enter_context(run.locked())
             run.refuse_other(config, {})
         dataset = load_data(options)
-        if going_on:
-            run.refuse_other(config, fingerprint(dataset))
         if standing(run.final).exists():
             say(f"{run.path}: already trained to the end")
         else:
@@ -128,9 +125,16 @@ def _trainer(
         if options.resume:
             say(f"--resume: no checkpoint in {run.path} yet, starting from the beginning")
         model = DualEncoder.from_pretrained(options.encoder, config)
-        return Trainer(model, load_tokenizer(options.encoder), dataset, config, run.path)
-    trainer = Trainer(checkpoint.model, checkpoint.tokenizer, dataset, config, run.path)
-    refuse_difference(checkpoint.path, (config, trainer.data), (checkpoint.config, checkpoint.data))
+        tokenizer = load_tokenizer(options.encoder)
+    else:
+        model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    trainer = Trainer(model, tokenizer, dataset, config, run.path)
+    if run.holds_run():
+        run.refuse_other(config, trainer.data)
+    if checkpoint is None:
+        return trainer
+    asked, saved = (config, trainer.data), (checkpoint.config, checkpoint.data)
+    refuse_difference(checkpoint.path, asked, saved)
     trainer.load_state_dict(checkpoint.training_state())
     say(f"going on after update {trainer.done} of {trainer.total}")
     return trainer

@@ -127,6 +127,13 @@ def test_automatic_bank_is_eight_updates_and_at_most_the_training_set(settings, 
         ({"drift": "none"}, 2 * 128 + 1, "set drift=mean, or bank_size to at most 256"),
         ({"method": "prebatch", "drift": "none"}, 1024, "retrieval quality may collapse"),
         ({"method": "gradaccum", "drift": "none"}, 10**6, None),
+        ({"method": "gradcache", "drift": "none"}, 10**6, None),
+        (
+            {"method": "gradcache_contaccum", "drift": "none"},
+            1024,
+            "retrieval quality may collapse",
+        ),
+        ({"clear_bank_every_update": True, "drift": "none"}, 10**6, None),
     ],
 )
 def test_a_bank_wider_than_its_drift_correction_bears_warns_in_words(settings, capacity, says):

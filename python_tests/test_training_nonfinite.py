@@ -67,11 +67,12 @@ def test_a_skipped_update_leaves_weights_and_banks_as_they_were(start, tmp_path,
     trainer.update()
     first = state()
     assert trainer.update().skipped == 0
-    before = state()
+    before, ages = state(), trainer.method.scoring.ages.state()
     assert any(not torch.equal(first[name], before[name]) for name in first)
     with pytest.warns(UserWarning, match=r"skipped: update 3, micro-batch \d of \d: "):
         metrics = trainer.update()
     assert_same_weights(state(), before)
+    assert trainer.method.scoring.ages.state() == ages
     assert (metrics.update, metrics.skipped, metrics.loss, metrics.grad_norm_query) == (
         3,
         1,

@@ -65,7 +65,8 @@ def test_leftovers_of_killed_writers_are_put_right(runs, tmp_path):
     for name in (".final.new", ".checkpoint-000004.new", ".checkpoint-000002.removed"):
         (run / name).mkdir()
         (run / name / "half").write_text("")
-    assert load_checkpoint(run).updates == 5  # a reader finds it and changes nothing
+    for path in (run, run / "final"):  # a reader finds it and changes nothing
+        assert load_checkpoint(path).updates == 5
     assert not (run / "final").exists()
     assert runs.train(run, updates=5) == 0
     assert sorted(path.name for path in run.iterdir()) == names

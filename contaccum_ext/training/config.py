@@ -94,7 +94,7 @@ class TrainConfig:
     on_nonfinite: str = _setting(
         "stop",
         choice("stop", "skip"),
-        "an update whose loss or gradient is not finite ends the run, or changes nothing",
+        "an update that is not finite ends the run, or changes nothing (keeps a copy of the banks)",
     )
     epochs: int = _setting(1, integer(1), "passes over the training queries")
     max_updates: int | None = _setting(
@@ -109,10 +109,12 @@ class TrainConfig:
     )
     compile: bool = _setting(False, boolean(), "compile the encoders with torch.compile")
     device: str = _setting("auto", choice("auto", "cpu", "cuda"), "where to train")
-    checkpoint_every: int = _setting(0, integer(0), "updates between checkpoints; 0: only the end")
+    checkpoint_every: int = _setting(
+        500, integer(0), "updates between checkpoints; 0: only the end"
+    )
     keep_checkpoints: int = _setting(2, integer(1), "newest intermediate checkpoints kept")
     diagnostics_every: int = _setting(
-        0, integer(0), "updates between looks at what rows give their attention to; 0: none"
+        0, integer(0), "updates between looks at how rows' softmax falls on the bank; 0: none"
     )
     tensorboard: bool = _setting(False, boolean(), "write the metrics for TensorBoard too")
 

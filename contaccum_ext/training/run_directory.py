@@ -204,7 +204,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """
     directory = Path(path)
     run = RunDirectory(directory)
-    for candidate in (directory, standing(run.final), run.newest()):
+    for candidate in (standing(directory), standing(run.final), run.newest()):
         if candidate is not None and (candidate / SETTINGS_FILE).is_file():
             return open_checkpoint(candidate)
     raise EncoderError(
