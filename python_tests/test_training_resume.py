@@ -11,12 +11,12 @@ from run_children import assert_same_run
 
 from contaccum_ext.training import load_checkpoint
 
-UPDATES = 90
-KILLS = 24
+UPDATES = 70
+KILLS = 22
 
 
 def test_killed_at_random_moments_it_ends_as_if_it_never_had_been(runs, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole, killed = tmp_path / "whole", tmp_path / "killed-0"
     assert runs.train(tmp_path / "warm-up", updates=1) == 0
     began = time.perf_counter()
     assert runs.train(tmp_path / "start", updates=1) == 0
@@ -28,18 +28,20 @@ def test_killed_at_random_moments_it_ends_as_if_it_never_had_been(runs, tmp_path
     # Half of them at a moment in time, half at a call to the file system: a checkpoint makes some
     # thirty, each another place to be cut off. Each attempt gets a few updates further.
     chance = random.Random(0)
-    kills = 0
-    for attempt in range(10 * KILLS):
-        if attempt % 2:
-            code = runs.train(killed, UPDATES, die_at=chance.randint(1, 80))
+    kills = attempts = 0
+    while kills < KILLS:
+        attempts += 1
+        assert attempts < 5 * KILLS
+        if attempts % 2:
+            code = runs.train(killed, UPDATES, die_at=chance.randint(1, 70))
         else:
-            seconds = start + chance.uniform(-0.5 * start, 5 * per_update)
+            seconds = start + chance.uniform(-0.5 * start, 4 * per_update)
             code = runs.train(killed, UPDATES, seconds=seconds)
         assert code in (0, -signal.SIGKILL)
         kills += code != 0
-        if code == 0 or kills == KILLS:
-            break
-    assert kills >= 20
+        if code == 0:  # where the machine has become faster since: the rest befalls another run
+            assert_same_run(killed, whole)
+            killed = tmp_path / f"killed-{attempts}"
     assert runs.train(killed, UPDATES) == 0
     assert_same_run(killed, whole)
 
@@ -47,7 +49,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_never_had_been(runs, tmp_path
 def test_killed_at_any_call_to_the_file_system_it_ends_the_same(runs, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert runs.train(whole, updates=5) == 0
-    for call in range(1, 200, 7):
+    for call in range(1, 200, 11):
         shutil.rmtree(killed, ignore_errors=True)
         code = runs.train(killed, updates=5, die_at=call)
         assert runs.train(killed, updates=5) == 0
