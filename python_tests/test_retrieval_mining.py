@@ -59,7 +59,7 @@ def test_every_example_gets_the_best_of_its_own_query():
 
 
 def test_shortage_is_logged(caplog):
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         mine_dense_negatives(*data(), per_query=3, margin=0.0)
     assert "1 of 1 examples have fewer than 3 negatives" in caplog.text
 

@@ -79,3 +79,19 @@ def test_with_banks_the_whole_update_meets_them_at_once(start, tmp_path):
         assert losses.loss == pytest.approx(expected.item(), rel=1e-4)
         assert_close_gradients(found, gradients(trainer.model))
         assert len(trainer.method.bank) == len(bank) == min(20, 12 * (update + 1))
+
+
+def test_compiled_encoders_drop_out_the_same_in_both_encodings(two_layers, tmp_path):
+    trainer = make_trainer(two_layers, tmp_path, method="gradcache", compile=True, layers=1)
+    trainer.model.train()
+    batches = trainer._micro_batches(trainer.sampler.update(0))
+    torch.manual_seed(5)
+    losses = trainer.method.accumulate(trainer._encode, batches)
+    found = gradients(trainer.model)
+    trainer.optimizer.zero_grad(set_to_none=True)
+    torch.manual_seed(5)
+    queries, passages, ids = graph_of_all(trainer, batches)
+    expected = reference.contaccum_loss(queries, passages, None, 0.05, ids)
+    expected.backward()
+    assert losses.loss == pytest.approx(expected.item(), rel=1e-5)
+    assert_close_gradients(found, gradients(trainer.model))

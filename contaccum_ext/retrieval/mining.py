@@ -77,9 +77,4 @@ def mine_dense_negatives(
 def _log_shortage(mined: Sequence[TrainExample], per_query: int) -> None:
     short = sum(len(example.negatives) < per_query for example in mined)
     if short:
-        logger.warning(
-            "%d of %d examples have fewer than %d negatives: search deeper or lower the margin",
-            short,
-            len(mined),
-            per_query,
-        )
+        logger.info("%d of %d examples have fewer than %d negatives", short, len(mined), per_query)
