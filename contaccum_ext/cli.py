@@ -1,4 +1,4 @@
-"""The `contaccum` command: demo, train, eval."""
+"""The `contaccum` command."""
 
 from __future__ import annotations
 
@@ -10,61 +10,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from contaccum_ext.cli_help import (
+    DATA_HELP,
+    DEMO_HELP,
+    ENCODE_HELP,
+    EXAMPLES,
+    METHODS_HELP,
+    MINE_HELP,
+    OVERVIEW,
+    SEARCH_HELP,
+    TRAIN_HELP,
+)
+
 DIVERGED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
-
-OVERVIEW = """\
-Train dense retrievers by contrastive learning with memory banks (ContAccum, arXiv 2406.12356).
-
-A dense retriever learns by telling a query's passage from the other passages of its batch: the
-larger the batch, the better it learns, and the more memory it needs. Three numbers set this up:
-
-  n      local_batch_size     queries encoded at once: what fits into memory
-  K      accumulation_steps   micro-batches of n per optimizer update
-  bank   bank_size            slots that remember the vectors of earlier micro-batches, so that
-                              each query meets thousands of passages while only n are encoded
-"""
-
-EXAMPLES = """\
-examples:
-  contaccum demo                                  two to three minutes, nothing to download
-  contaccum demo --data DIR --encoder MODEL       the same on your data and your model
-  contaccum train --data DIR --encoder MODEL --output runs/first
-  contaccum eval --checkpoint runs/first --data DIR
-
-'contaccum COMMAND --help' explains each command.
-"""
-
-METHODS_HELP = """\
-methods, all on the same examples in the same order:
-  inbatch     one batch of n*K: what enough memory would allow (DPR)
-  gradaccum   K micro-batches of n: the memory of n, and few negatives
-  contaccum   K micro-batches of n against memory banks of queries and passages
-  prebatch    as contaccum with the passage bank only
-"""
-
-DEMO_HELP = """\
-Train with 'gradaccum' and with 'contaccum' (same data, same updates, same seed), score both beside
-BM25 and the untrained model, and write an HTML report.
-
-Without --encoder, a small transformer starts from random initialisation, with a tokenizer trained
-on the corpus; such a start needs settings of its own:
-"""
-
-TRAIN_HELP = """\
-Train a query and a passage encoder. OUTPUT receives
-
-  metrics.jsonl                 a line per optimizer update
-  final/query_encoder/          opens with transformers' AutoModel.from_pretrained
-  final/passage_encoder/        likewise
-  checkpoint-NNNNNN/            the same every `checkpoint_every` updates, with what --resume needs
-"""
-
-DATA_HELP = (
-    "directory with corpus.jsonl and train|valid|test.jsonl (or BEIR's or DPR's files), "
-    "or 'stdlib': docstrings and functions of Python's own library"
-)
 
 
 class _CommandParser(argparse.ArgumentParser):
@@ -94,19 +54,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     options.command = "contaccum " + shlex.join(argv)
 
-    from contaccum_ext import commands
+    from contaccum_ext import commands, search_commands
     from contaccum_ext.datasets import DataError
-    from contaccum_ext.training import ConfigError, DivergedError, EncoderError, TrainingDataError
+    from contaccum_ext.retrieval.vectors import VectorsError
+    from contaccum_ext.training import (
+        ConfigError,
+        DivergedError,
+        EncoderError,
+        RunError,
+        TrainingDataError,
+    )
 
     bad_input = (
         commands.UsageError,
         ConfigError,
         DataError,
         EncoderError,
+        RunError,
         TrainingDataError,
+        VectorsError,
         OSError,
     )
-    run = {"demo": commands.demo, "train": commands.train, "eval": commands.evaluate}
+    run = {
+        "demo": commands.demo,
+        "train": commands.train,
+        "eval": commands.evaluate,
+        "report": commands.report,
+        "mine": search_commands.mine,
+        "encode": search_commands.encode,
+        "search": search_commands.search_corpus,
+    }
     _quieten()
     try:
         with warnings.catch_warnings():
@@ -157,7 +134,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--encoder", required=True, help="Hugging Face model directory or name")
     train.add_argument("--method", help="see below (default: contaccum)")
     train.add_argument("--output", type=Path, required=True, help="directory of the run")
-    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    train.add_argument(
+        "--resume", action="store_true", help="go on where the run in OUTPUT was cut off"
+    )
     _add_settings(train)
 
     evaluate = commands.add_parser(
@@ -166,11 +145,86 @@ def build_parser() -> argparse.ArgumentParser:
         description="Rank the whole corpus for each query with a trained model, and with BM25.",
     )
     evaluate.set_defaults(name="eval")
-    evaluate.add_argument("--checkpoint", required=True, help="OUTPUT of a run, or one in it")
-    evaluate.add_argument("--data", required=True, help=DATA_HELP)
+    _add_retriever(evaluate)
     evaluate.add_argument("--split", choices=("valid", "test"), default="test")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
+
+    report = commands.add_parser(
+        "report",
+        help="compare training runs on one page",
+        description="Write one HTML page with the curves, the figures and the settings of training "
+        "runs, finished or not. It needs no network and no other file.",
+    )
+    report.set_defaults(name="report")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="OUTPUT of a run")
+    report.add_argument(
+        "--output",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="default: report.html",
+    )
+
+    mine = commands.add_parser(
+        "mine",
+        help="find hard negatives with a checkpoint",
+        description=MINE_HELP,
+        formatter_class=raw,
+    )
+    mine.set_defaults(name="mine")
+    _add_retriever(mine)
+    mine.add_argument("--output", type=Path, required=True, help="directory of the new data")
+    mine.add_argument("--negatives", type=_count, default=1, metavar="N", help="default: 1")
+    mine.add_argument(
+        "--depth", type=_count, default=100, metavar="N", help="results looked at (default: 100)"
+    )
+    mine.add_argument("--margin", type=float, metavar="SCORE", help="see above (default: none)")
+    _add_vectors(mine)
+
+    encode = commands.add_parser(
+        "encode",
+        help="encode a corpus and keep the vectors",
+        description=ENCODE_HELP,
+        formatter_class=raw,
+    )
+    encode.set_defaults(name="encode")
+    _add_retriever(encode)
+    encode.add_argument("--output", type=Path, required=True, help="directory of the vectors")
+
+    search = commands.add_parser(
+        "search",
+        help="ask a question, see passages",
+        description=SEARCH_HELP,
+        formatter_class=raw,
+    )
+    search.set_defaults(name="search")
+    _add_retriever(search)
+    search.add_argument("--query", action="append", metavar="TEXT", help="repeatable")
+    search.add_argument(
+        "--results", type=_count, default=5, metavar="N", help="per question (default: 5)"
+    )
+    search.add_argument("--json", action="store_true", help="a JSON object per question")
+    _add_vectors(search)
     return parser
+
+
+def _add_retriever(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, help="OUTPUT of a run, or one in it")
+    parser.add_argument("--data", required=True, help=DATA_HELP)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def _add_vectors(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--vectors", type=Path, metavar="DIR", help="OUTPUT of 'encode', instead of encoding now"
+    )
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {count}")
+    return count
 
 
 def _add_settings(parser: _CommandParser) -> None:

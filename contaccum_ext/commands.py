@@ -1,4 +1,4 @@
-"""What the `contaccum` command does: demo, train, eval."""
+"""What the `contaccum` command does: demo, train, eval, report."""
 
 from __future__ import annotations
 
@@ -8,22 +8,37 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from contaccum_ext.datasets import RetrievalDataset, load_dataset
-from contaccum_ext.reporting import metric_table, trained_verdicts, write_report
+from contaccum_ext.reporting import (
+    metric_table,
+    read_run,
+    trained_verdicts,
+    write_report,
+    write_run_report,
+)
 from contaccum_ext.reporting.table import align
 from contaccum_ext.retrieval import bm25_run, evaluate_run, mine_negatives
-from contaccum_ext.training import METHODS, DualEncoder, TrainConfig, Trainer, load_checkpoint
-from contaccum_ext.training.checkpoint import newest_resumable
+from contaccum_ext.training import (
+    METHODS,
+    DualEncoder,
+    RunDirectory,
+    TrainConfig,
+    Trainer,
+    load_checkpoint,
+)
+from contaccum_ext.training.checkpoint import standing
 from contaccum_ext.training.comparison import compare, dense_run
 from contaccum_ext.training.config import parse_assignments, read_yaml
 from contaccum_ext.training.encoder import load_tokenizer
+from contaccum_ext.training.run_directory import load_resumable, refuse_difference
 from contaccum_ext.training.scratch import ScratchConfig, write_scratch_encoder
-from contaccum_ext.training.trainer import METRICS_FILE
+from contaccum_ext.training.trainer import resolve_device
 
 # From random initialisation; chosen on the validation queries of 'stdlib', where this learning
 # rate is the best of 1.5e-4 ... 5e-4 for gradaccum over three seeds.
@@ -47,7 +62,7 @@ def demo(options: argparse.Namespace) -> None:
     for method in options.methods:
         if method not in METHODS:
             raise UsageError(f"--methods: expected some of {', '.join(METHODS)}, got {method!r}")
-    dataset = _load_data(options, "test")
+    dataset = load_data(options, "test")
     if options.encoder is None:
         if "OMP_NUM_THREADS" not in os.environ:
             # On tensors this small a second thread gains little on an idle machine, and makes
@@ -68,53 +83,69 @@ def demo(options: argparse.Namespace) -> None:
     else:
         config = _settings(options)
     comparison = compare(dataset, options.encoder, config, options.methods, options.output, say=say)
-    report = options.output / "report.html"
-    write_report(comparison, report, options.command)
+    page = options.output / "report.html"
+    write_report(comparison, page, options.command)
     print(f"\n{metric_table(comparison)}\n")
     for line in trained_verdicts(comparison):
         print(line)
-    print(f"\nreport: {report}   ({time.perf_counter() - begin:.0f} s in all)")
+    print(f"\nreport: {page}   ({time.perf_counter() - begin:.0f} s in all)")
 
 
 def train(options: argparse.Namespace) -> None:
     """Train one retriever, or go on training it."""
     config = _settings(options)
-    if options.resume:
-        trainer = _resumed(options, config)
-    else:
-        if (options.output / METRICS_FILE).exists():
-            raise UsageError(
-                f"--output: {options.output} already holds a run; choose another directory, or "
-                f"--resume to go on with it"
-            )
-        dataset = _load_data(options)
-        model = DualEncoder.from_pretrained(options.encoder, config)
-        tokenizer = load_tokenizer(options.encoder)
-        trainer = Trainer(model, tokenizer, dataset, config, options.output)
-    trainer.train()
-    print(f"trained {trainer.done} updates: {options.output}/final")
+    run = RunDirectory(options.output)
+    with ExitStack() as stack:
+        # Nothing is made before all that was given proves usable.
+        if going_on := run.holds_run():
+            if not options.resume:
+                raise UsageError(
+                    f"--output: {run.path} already holds a run; choose another directory, or "
+                    f"--resume to go on with it"
+                )
+            stack.enter_context(run.locked())
+            run.refuse_other(config, {})
+        dataset = load_data(options)
+        if standing(run.final).exists():
+            say(f"{run.path}: already trained to the end")
+        else:
+            trainer = _trainer(options, config, dataset, run)
+            if not going_on:
+                stack.enter_context(run.locked())
+            trainer.train()
+            print(f"trained {trainer.done} updates: {run.final}")
     print(f"next: contaccum eval --checkpoint {options.output} --data {options.data}")
 
 
-def _resumed(options: argparse.Namespace, config: TrainConfig) -> Trainer:
-    newest = newest_resumable(options.output)
-    if newest is None:
-        raise UsageError(f"--resume: no checkpoint in {options.output} to go on from")
-    checkpoint = load_checkpoint(newest)
-    for key, saved in checkpoint.config.to_dict().items():
-        if (asked := getattr(config, key)) != saved:
-            raise UsageError(f"--resume: {key} is {asked}, but {newest} was trained with {saved}")
-    dataset = _load_data(options)
-    trainer = Trainer(checkpoint.model, checkpoint.tokenizer, dataset, config, options.output)
+def _trainer(
+    options: argparse.Namespace, config: TrainConfig, dataset: RetrievalDataset, run: RunDirectory
+) -> Trainer:
+    checkpoint = load_resumable(run) if options.resume else None
+    if checkpoint is None:
+        if options.resume:
+            say(f"--resume: no checkpoint in {run.path} yet, starting from the beginning")
+        model = DualEncoder.from_pretrained(options.encoder, config)
+        tokenizer = load_tokenizer(options.encoder)
+    else:
+        model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    trainer = Trainer(model, tokenizer, dataset, config, run.path)
+    if run.holds_run():
+        run.refuse_other(config, trainer.data)
+    if checkpoint is None:
+        return trainer
+    asked, saved = (config, trainer.data), (checkpoint.config, checkpoint.data)
+    refuse_difference(checkpoint.path, asked, saved)
     trainer.load_state_dict(checkpoint.training_state())
+    say(f"going on after update {trainer.done} of {trainer.total}")
     return trainer
 
 
 def evaluate(options: argparse.Namespace) -> None:
     """Score a checkpoint, beside BM25."""
-    dataset = _load_data(options, options.split)
+    dataset = load_data(options, options.split)
     queries = dataset.eval_queries(options.split)
     checkpoint = load_checkpoint(options.checkpoint)
+    checkpoint.model.to(resolve_device(options.device))
     say(f"{len(queries)} {options.split} queries over {len(dataset.corpus)} passages")
     runs = {
         "BM25": bm25_run(dataset, queries),
@@ -128,6 +159,12 @@ def evaluate(options: argparse.Namespace) -> None:
     print(align(lines))
     if options.json:
         options.json.write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def report(options: argparse.Namespace) -> None:
+    """Compare training runs on one page."""
+    write_run_report([read_run(run) for run in options.runs], options.output, options.command)
+    print(f"report: {options.output}")
 
 
 def _settings(
@@ -148,7 +185,12 @@ def _settings(
     return TrainConfig.from_mapping(values)
 
 
-def _load_data(options: argparse.Namespace, split: str | None = None) -> RetrievalDataset:
+def load_data(options: argparse.Namespace, split: str | None = None) -> RetrievalDataset:
+    """The data set of --data, which must have the split.
+
+    Raises:
+        UsageError: it has not.
+    """
     begin = time.perf_counter()
     dataset = load_dataset(options.data)
     if split:

@@ -75,3 +75,11 @@ def two_layers(tmp_path_factory):
     from tiny_retriever import write_tiny_encoder
 
     return write_tiny_encoder(tmp_path_factory.mktemp("deep") / "encoder", dropout=0.1, layers=2)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """Training runs in processes that can be killed."""
+    from run_children import Runs
+
+    return Runs(tmp_path_factory.mktemp("runs"))

@@ -8,42 +8,19 @@ import pytest
 import torch
 from tiny_retriever import (
     assert_same_weights,
-    tiny_config,
     tiny_dataset,
     weights,
 )
 from torch import nn
+from trainer_parts import assert_close_gradients, first_update, gradients, make_trainer
 
 from contaccum_ext import reference
 from contaccum_ext.training import (
     METHODS,
     DivergedError,
-    DualEncoder,
-    Trainer,
 )
-from contaccum_ext.training.encoder import load_tokenizer
 
 CPU = torch.device("cpu")
-
-
-def make_trainer(start, output, dataset=None, **settings) -> Trainer:
-    config = tiny_config(**settings)
-    model = DualEncoder.from_pretrained(start, config)
-    return Trainer(model, load_tokenizer(start), dataset or tiny_dataset(), config, output)
-
-
-def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def first_update(start, output, **settings):
-    """Trainer, its first update's micro-batches, and the gradients its method gives them."""
-    trainer = make_trainer(start, output, **settings)
-    batches = trainer._micro_batches(trainer.sampler.update(0))
-    losses = trainer.method.accumulate(trainer._encode, batches)
-    found = gradients(trainer.model)
-    trainer.optimizer.zero_grad(set_to_none=True)
-    return trainer, batches, losses, found
 
 
 def in_batch_cross_entropy(model, batch, temperature: float) -> torch.Tensor:
@@ -53,20 +30,12 @@ def in_batch_cross_entropy(model, batch, temperature: float) -> torch.Tensor:
     return nn.functional.cross_entropy(scores, torch.arange(n) * m)
 
 
-def assert_close_gradients(found, expected):
-    assert found.keys() == expected.keys()
-    assert found
-    largest = max(value.abs().max().item() for value in expected.values())
-    assert largest > 1e-3  # nothing compared with nothing
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5 * largest, msg=name)
-
-
 def test_gradaccum_is_the_mean_of_the_micro_batches_cross_entropies(start, tmp_path):
-    trainer, batches, (loss, in_batch), found = first_update(
+    trainer, batches, losses, found = first_update(
         start, tmp_path, method="gradaccum", accumulation_steps=3, mask_false_negatives=False
     )
     assert [batch.size for batch in batches] == [4, 4, 4]
+    loss, in_batch = losses.loss, losses.in_batch_loss
     expected = [in_batch_cross_entropy(trainer.model, batch, 0.05) for batch in batches]
     (sum(expected) / 3).backward()
     assert loss == pytest.approx(sum(expected).item() / 3, rel=1e-5)
@@ -75,10 +44,11 @@ def test_gradaccum_is_the_mean_of_the_micro_batches_cross_entropies(start, tmp_p
 
 
 def test_inbatch_is_one_cross_entropy_over_all_of_the_update(start, tmp_path):
-    trainer, batches, (loss, in_batch), found = first_update(
+    trainer, batches, losses, found = first_update(
         start, tmp_path, method="inbatch", accumulation_steps=3, mask_false_negatives=False
     )
     assert [batch.size for batch in batches] == [12]
+    loss, in_batch = losses.loss, losses.in_batch_loss
     expected = in_batch_cross_entropy(trainer.model, batches[0], 0.05)
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
@@ -87,7 +57,7 @@ def test_inbatch_is_one_cross_entropy_over_all_of_the_update(start, tmp_path):
 
 
 def test_a_smaller_last_micro_batch_weighs_by_its_examples(start, tmp_path):
-    trainer, batches, (loss, _), found = first_update(
+    trainer, batches, losses, found = first_update(
         start,
         tmp_path,
         dataset=tiny_dataset(train=6),
@@ -95,10 +65,10 @@ def test_a_smaller_last_micro_batch_weighs_by_its_examples(start, tmp_path):
         mask_false_negatives=False,
     )
     assert [batch.size for batch in batches] == [4, 2]
-    losses = [in_batch_cross_entropy(trainer.model, batch, 0.05) for batch in batches]
-    expected = (4 * losses[0] + 2 * losses[1]) / 6
+    each = [in_batch_cross_entropy(trainer.model, batch, 0.05) for batch in batches]
+    expected = (4 * each[0] + 2 * each[1]) / 6
     expected.backward()
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert losses.loss == pytest.approx(expected.item(), rel=1e-5)
     assert_close_gradients(found, gradients(trainer.model))
 
 
@@ -107,7 +77,7 @@ def test_a_smaller_last_micro_batch_weighs_by_its_examples(start, tmp_path):
 def test_bank_methods_are_the_reference_over_the_micro_batches(
     start, tmp_path, method, banks, row_weighting
 ):
-    trainer, batches, (loss, in_batch), found = first_update(
+    trainer, batches, losses, found = first_update(
         start,
         tmp_path,
         method=method,
@@ -130,8 +100,8 @@ def test_bank_methods_are_the_reference_over_the_micro_batches(
             banks=banks,
         )
     (total / 4).backward()
-    assert loss == pytest.approx(total.item() / 4, rel=1e-4)
-    assert loss > in_batch
+    assert losses.loss == pytest.approx(total.item() / 4, rel=1e-4)
+    assert losses.loss > losses.in_batch_loss
     assert_close_gradients(found, gradients(trainer.model))
     assert len(trainer.method.bank) == 8
     torch.testing.assert_close(trainer.method.bank.queries(), bank.queries())
@@ -214,7 +184,10 @@ def test_metrics_file_has_a_line_per_update(start, tmp_path):
 
 
 def test_bf16_trains_close_to_fp32(start, tmp_path):
-    losses = [make_trainer(start, tmp_path, bf16=bf16).update().loss for bf16 in (False, True)]
+    losses = [
+        make_trainer(start, tmp_path, precision=precision).update().loss
+        for precision in ("fp32", "bf16")
+    ]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
     assert losses[1] != losses[0]
 
@@ -229,7 +202,7 @@ def test_training_stops_before_a_loss_that_is_no_number_reaches_the_weights(star
     with torch.no_grad():
         next(trainer.model.passage.parameters()).fill_(float("nan"))
     before = weights(trainer.model.query)
-    with pytest.raises(DivergedError, match=r"update 1: the loss is nan, .* lower learning_rate"):
+    with pytest.raises(DivergedError, match=r"update 1, micro-batch 1 of 2: .* queries q"):
         trainer.train(progress=False)
     assert_same_weights(weights(trainer.model.query), before)
     assert not (tmp_path / "final").exists()

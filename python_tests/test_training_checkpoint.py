@@ -10,11 +10,11 @@ import pytest
 import torch
 from tiny_retriever import (
     assert_same_weights,
-    tiny_config,
     tiny_dataset,
     weights,
     write_tiny_encoder,
 )
+from trainer_parts import make_trainer
 from transformers import AutoModel, AutoTokenizer
 
 from contaccum_ext.training import (
@@ -25,7 +25,6 @@ from contaccum_ext.training import (
     save_checkpoint,
 )
 from contaccum_ext.training.checkpoint import write_atomically
-from contaccum_ext.training.encoder import load_tokenizer
 
 TEXTS = ["who repairs engine no 1", "The old man paints the violin"]
 
@@ -33,12 +32,6 @@ TEXTS = ["who repairs engine no 1", "The old man paints the violin"]
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     return write_tiny_encoder(tmp_path_factory.mktemp("start") / "encoder", dropout=0.1)
-
-
-def make_trainer(start, output, **settings) -> Trainer:
-    config = tiny_config(**settings)
-    model = DualEncoder.from_pretrained(start, config)
-    return Trainer(model, load_tokenizer(start), tiny_dataset(), config, output)
 
 
 def encode(encoder, tokenizer) -> torch.Tensor:
@@ -64,6 +57,13 @@ def test_transformers_opens_it_and_gives_the_same_outputs(start, tmp_path, side)
         encode(ours, tokenizer),
         encode(DualEncoder.from_pretrained(start, trainer.config).query, tokenizer),
     )
+
+
+def test_a_saved_tokenizer_does_not_truncate_as_training_did(start, tmp_path):
+    trainer = make_trainer(start, tmp_path, max_updates=1, query_max_length=4)
+    trainer.train(progress=False)
+    saved = json.loads((tmp_path / "final" / "query_encoder" / "tokenizer.json").read_text())
+    assert (saved["truncation"], saved["padding"]) == (None, None)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -164,7 +164,11 @@ def test_a_failure_in_the_middle_leaves_the_old_checkpoint_whole(
         save_checkpoint(new, state=trainer.state_dict())
     monkeypatch.undo()
     assert {p: p.read_bytes() for p in final.rglob("*") if p.is_file()} == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["final", "metrics.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "final",
+        "metrics.jsonl",
+        "run.json",
+    ]
 
     save_checkpoint(new, state=trainer.state_dict())  # and nothing stands in the way of the next
     assert load_checkpoint(final).updates == 2

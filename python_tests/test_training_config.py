@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from contaccum_ext.training import ConfigError, TrainConfig
+from contaccum_ext.training import METHODS, ConfigError, TrainConfig
+from contaccum_ext.training.bank_width import bank_warnings
 from contaccum_ext.training.config import (
-    bank_warnings,
     field_help,
     parse_assignments,
     read_yaml,
@@ -44,7 +44,7 @@ def test_unknown_key_without_a_near_one_lists_the_known():
         (
             "method",
             "dpr",
-            "method: expected one of inbatch, gradaccum, contaccum, prebatch, got 'dpr'",
+            f"method: expected one of {', '.join(METHODS)}, got 'dpr'",
         ),
         ("method", ["inbatch"], "got ['inbatch']"),
     ],
@@ -66,6 +66,14 @@ def test_numbers_written_as_yaml_reads_them():
 def test_assignment_without_key_and_value_is_refused(assignment):
     with pytest.raises(ConfigError, match=f"--set: expected key=value, got '{assignment}'"):
         parse_assignments([assignment])
+
+
+def test_settings_of_0_1_are_still_read():
+    for value, precision in ((True, "bf16"), (False, "fp32")):
+        assert TrainConfig.from_mapping({"bf16": value, "seed": 3}).precision == precision
+    for values in ({"bf16": True, "precision": "fp16"}, {"bf16": "yes"}):
+        with pytest.raises(ConfigError, match=r"old\.yaml: bf16: expected 'precision: bf16'"):
+            TrainConfig.from_mapping(values, "old.yaml")
 
 
 def test_round_trip_through_a_mapping():
@@ -119,6 +127,13 @@ def test_automatic_bank_is_eight_updates_and_at_most_the_training_set(settings, 
         ({"drift": "none"}, 2 * 128 + 1, "set drift=mean, or bank_size to at most 256"),
         ({"method": "prebatch", "drift": "none"}, 1024, "retrieval quality may collapse"),
         ({"method": "gradaccum", "drift": "none"}, 10**6, None),
+        ({"method": "gradcache", "drift": "none"}, 10**6, None),
+        (
+            {"method": "gradcache_contaccum", "drift": "none"},
+            1024,
+            "retrieval quality may collapse",
+        ),
+        ({"clear_bank_every_update": True, "drift": "none"}, 10**6, None),
     ],
 )
 def test_a_bank_wider_than_its_drift_correction_bears_warns_in_words(settings, capacity, says):

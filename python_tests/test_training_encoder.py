@@ -35,7 +35,9 @@ def test_schedule_rises_to_the_peak_and_falls_to_zero():
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5:] == pytest.approx([0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
     assert LinearSchedule(1.0, 0, 4).at(0) == 1.0
-    assert [warmup_updates(161, 0.1), warmup_updates(5, 0.1)] == [16, 0]
+    shares = tiny_config(warmup_ratio=0.1)
+    assert [warmup_updates(161, shares), warmup_updates(5, shares)] == [16, 0]
+    assert warmup_updates(161, tiny_config(warmup_ratio=0.1, warmup_updates=5)) == 5
 
 
 def test_weight_decay_spares_biases_and_norms(start):

@@ -1,4 +1,4 @@
-"""Readers of retrieval data sets; needs nothing beyond the standard library."""
+"""Readers and a writer of retrieval data sets; needs nothing beyond the standard library."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .beir import load_beir, load_beir_style
 from .dpr import is_dpr, load_dpr
 from .records import find_file
 from .stdlib import load_stdlib
+from .writer import write_dataset
 
 __all__ = [
     "DataError",
@@ -27,6 +28,7 @@ __all__ = [
     "load_dataset",
     "load_dpr",
     "load_stdlib",
+    "write_dataset",
 ]
 
 

@@ -33,7 +33,7 @@ def load_beir_style(directory: str | Path) -> RetrievalDataset:
     - `corpus.jsonl`: `{"id", "title" (may be empty or absent), "text"}`
     - `train.jsonl`: `{"id", "query", "pos": [ids], "neg": [ids] (may be absent)}`
     - `valid.jsonl`, `test.jsonl`: `{"id", "query", "pos": [ids], "answers": [strings]}`, where
-      one of the last two may be absent
+      one of the last two may be absent, and `"grades"` may give an integer from 1 on per positive
 
     A split without a file is empty; using it is the error (`RetrievalDataset.eval_queries`).
 
@@ -151,7 +151,8 @@ def _read_eval(file: Path, corpus: dict[str, Passage]) -> list[EvalQuery]:
         refuse_duplicate(query_id, queries, file, record.line)
         answers = record.strings("answers", default=())
         positives = () if answers and "pos" not in record.values else _positives(record, corpus)
-        queries[query_id] = EvalQuery(query_id, record.string("query"), positives, answers)
+        grades = record.grades("grades", len(positives))
+        queries[query_id] = EvalQuery(query_id, record.string("query"), positives, answers, grades)
     return list(queries.values())
 
 

@@ -90,6 +90,18 @@ class Record:
                 raise self.error(field, f"expected non-empty strings, got {item!r}")
         return tuple(value)
 
+    def grades(self, field: str, count: int) -> tuple[int, ...]:
+        """A list of `count` integers from 1 on; an absent field is an empty one."""
+        if field not in self.values:
+            return ()
+        value = self.values[field]
+        if not isinstance(value, list) or len(value) != count:
+            raise self.error(field, f"expected a list of {count} integers, got {value!r:.60}")
+        for item in value:
+            if isinstance(item, bool) or not isinstance(item, int) or item < 1:
+                raise self.error(field, f"expected integers from 1 on, got {item!r:.60}")
+        return tuple(value)
+
     def passage_ids(
         self, field: str, corpus: Collection[str], default: tuple[str, ...] | None = None
     ) -> tuple[str, ...]:

@@ -1,17 +1,17 @@
-"""Curves of a comparison as SVG."""
+"""Curves of training runs as SVG."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from contaccum_ext.training.comparison import Comparison
-from contaccum_ext.training.trainer import UpdateMetrics
+from contaccum_ext.training.metrics import UpdateMetrics
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = {
@@ -19,22 +19,25 @@ COLOURS = {
     "contaccum": "#d55e00",
     "inbatch": "#009e73",
     "prebatch": "#cc79a7",
+    "gradcache": "#56b4e9",
+    "gradcache_contaccum": "#e69f00",
 }
 Value = Callable[[UpdateMetrics], float | None]
+Histories = Mapping[str, Sequence[UpdateMetrics]]  # by the name in the legend
 
 
-def loss_plot(comparison: Comparison) -> str:
-    """In-batch loss over the updates, per method."""
+def loss_plot(histories: Histories) -> str:
+    """In-batch loss over the updates, per run."""
 
     def finish(axes: Axes) -> None:
         axes.set_ylabel("in-batch loss (groups of n, no bank)")
         axes.set_ylim(bottom=0)
 
-    return _plot(comparison, lambda metrics: metrics.in_batch_loss, finish)
+    return _plot(histories, lambda metrics: metrics.in_batch_loss, finish)
 
 
-def gradient_ratio_plot(comparison: Comparison) -> str:
-    """Gradient norm of the passage encoder over that of the query encoder, per method."""
+def gradient_ratio_plot(histories: Histories) -> str:
+    """Gradient norm of the passage encoder over that of the query encoder, per run."""
 
     def finish(axes: Axes) -> None:
         axes.set_ylabel("gradient norm, passage / query encoder")
@@ -43,17 +46,17 @@ def gradient_ratio_plot(comparison: Comparison) -> str:
             set_formatter("{x:g}")
         axes.axhline(1, color="0.5", linewidth=0.8)
 
-    return _plot(comparison, lambda metrics: metrics.grad_norm_ratio, finish)
+    return _plot(histories, lambda metrics: metrics.grad_norm_ratio, finish)
 
 
-def learning_rate_plot(comparison: Comparison) -> str:
-    """Learning rate over the updates: the same for every method."""
+def learning_rate_plot(histories: Histories) -> str:
+    """Learning rate over the updates, per run."""
 
     def finish(axes: Axes) -> None:
         axes.set_ylabel("learning rate")
         axes.set_ylim(bottom=0)
 
-    return _plot(comparison, lambda metrics: metrics.learning_rate, finish, noisy=False)
+    return _plot(histories, lambda metrics: metrics.learning_rate, finish, noisy=False)
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:
@@ -64,29 +67,95 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
     return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
 
 
+def bank_plot(histories: Histories) -> str:
+    """Age of the oldest banked slot in updates, per run."""
+
+    def finish(axes: Axes) -> None:
+        axes.set_ylabel("age of the oldest slot, updates")
+        axes.set_ylim(bottom=0)
+
+    return _plot(histories, lambda metrics: metrics.bank_oldest, finish, noisy=False)
+
+
+def memory_plot(histories: Histories) -> str:
+    """Peak memory in MiB, per run."""
+
+    def finish(axes: Axes) -> None:
+        axes.set_ylabel("peak memory, MiB")
+        axes.set_ylim(bottom=0)
+
+    return _plot(histories, lambda metrics: metrics.peak_memory, finish, noisy=False)
+
+
+def speed_plot(histories: Histories) -> str:
+    """Queries trained on per second, per run."""
+
+    def finish(axes: Axes) -> None:
+        axes.set_ylabel("queries / s")
+        axes.set_ylim(bottom=0)
+
+    return _plot(histories, lambda metrics: metrics.queries_per_second, finish)
+
+
+def mass_plot(histories: Histories) -> str:
+    """Softmax mass of banked passages by their age, mean over the looks of a run."""
+    with _drawing() as (axes, svg):
+        colours = _colours(histories)
+        for name, history in histories.items():
+            looks = [metrics.mass_by_age for metrics in history if metrics.mass_by_age]
+            if not looks:
+                continue
+            # Early looks know no old passages: an age's mean is over those that do.
+            ages = range(max(map(len, looks)))
+            means = [np.mean([look[age] for look in looks if age < len(look)]) for age in ages]
+            axes.plot(ages, means, color=colours[name], label=name, marker="o", markersize=3)
+        axes.set_xlabel("age in updates")
+        axes.set_ylabel("softmax mass")
+        axes.set_ylim(bottom=0)
+    return svg.getvalue()
+
+
 def _plot(
-    comparison: Comparison, value: Value, finish: Callable[[Axes], None], noisy: bool = True
+    histories: Histories, value: Value, finish: Callable[[Axes], None], noisy: bool = True
 ) -> str:
+    with _drawing() as (axes, svg):
+        colours = _colours(histories)
+        for name, history in histories.items():
+            points = [(m.update, v) for m in history if (v := value(m)) is not None]
+            if not points:
+                continue
+            updates, values = zip(*points, strict=True)
+            if noisy:
+                axes.plot(updates, values, color=colours[name], alpha=0.2, linewidth=0.8)
+            width = max(1, len(values) // 20) if noisy else 1
+            axes.plot(updates, smooth(values, width), color=colours[name], label=name)
+        finish(axes)
+        axes.set_xlabel("optimizer update")
+    return svg.getvalue()
+
+
+def _colours(histories: Histories) -> dict[str, str]:
+    """A colour by name: a method's own, else by position, the same in every plot of a page."""
+    palette = list(COLOURS.values())
+    return {
+        name: COLOURS.get(name, palette[index % len(palette)])
+        for index, name in enumerate(histories)
+    }
+
+
+@contextmanager
+def _drawing() -> Iterator[tuple[Axes, io.StringIO]]:
+    """Axes to draw in, and where the SVG stands afterwards."""
+    svg = io.StringIO()
     # Text stays text, and the same numbers give the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "contaccum"}):
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
         axes = figure.add_subplot()
-        for row in comparison.rows:
-            points = [(m.update, v) for m in row.history if (v := value(m)) is not None]
-            if not points:
-                continue
-            updates, values = zip(*points, strict=True)
-            colour = COLOURS.get(row.name)
-            if noisy:
-                axes.plot(updates, values, color=colour, alpha=0.2, linewidth=0.8)
-            width = max(1, len(values) // 20) if noisy else 1
-            axes.plot(updates, smooth(values, width), color=colour, label=row.name)
-        finish(axes)
-        axes.set_xlabel("optimizer update")
+        yield axes, svg
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()
-    return text[text.index("<svg") :]  # an XML heading does not belong inside a page
+    svg.write(text[text.index("<svg") :])  # an XML heading does not belong inside a page

@@ -2,7 +2,7 @@
 
 CHECKPOINT/query_encoder/      config.json, model.safetensors, tokenizer: AutoModel opens it
 CHECKPOINT/passage_encoder/    likewise; absent when one encoder is shared
-CHECKPOINT/contaccum.json      settings of the run and the number of updates done
+CHECKPOINT/contaccum.json      settings, data and updates done of the run; the files and their sizes
 CHECKPOINT/training_state.pt   optimizer, bank and random state; absent in the final one
 """
 
@@ -10,26 +10,27 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from contaccum_ext.training.config import ConfigError, TrainConfig
+from contaccum_ext.training.config import TrainConfig
 from contaccum_ext.training.encoder import (
     QUERY_DIRECTORY,
     DualEncoder,
     EncoderError,
     load_tokenizer,
 )
+from contaccum_ext.training.rules import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FINAL = "final"
 SETTINGS_FILE = "contaccum.json"
 STATE_FILE = "training_state.pt"
 
@@ -43,39 +44,54 @@ class Checkpoint:
     config: TrainConfig
     updates: int  # optimizer updates done
     path: Path
+    data: dict[str, str] = field(default_factory=dict)  # `fingerprint` of what it was trained on
 
     def training_state(self) -> dict[str, Any]:
         """What `save_checkpoint` was given as `state`.
 
         Raises:
-            EncoderError: the checkpoint is a final one and holds none.
+            EncoderError: the checkpoint is a final one and holds none, or it is damaged.
         """
         file = self.path / STATE_FILE
         if not file.is_file():
             raise EncoderError(f"{self.path}: holds no {STATE_FILE}, training cannot go on from it")
-        return torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise EncoderError(f"{self.path}: damaged: {STATE_FILE}: {reason}") from None
+
+
+def standing(target: Path) -> Path:
+    """Where the content of a directory written by `write_atomically` stands just now.
+
+    That is `target`, or the place it was moved aside to by a writer that was killed before the new
+    content took the name.
+    """
+    previous = _previous(target)
+    return previous if previous.exists() and not target.exists() else target
 
 
 def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
-    """Fill a directory so that `target` is at every moment the old one or the new one, complete.
+    """Fill a directory so that `standing(target)` is always the old one or the new one, complete.
 
     The new content is written to a temporary directory beside it and flushed to disk before it
     takes the name; an existing directory is moved aside first and removed last. After a failure
-    the old one is in place and the temporary one is gone.
+    the old one is in place and the temporary one is gone; what a killed writer left behind is put
+    right by the next one. Two writers of the same directory at once are not provided for.
 
     Args:
         target: directory to create or replace.
         write: fills the (existing, empty) directory it is given.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{os.getpid()}.new"
-    previous = target.parent / f".{target.name}.{os.getpid()}.old"
-    shutil.rmtree(temporary, ignore_errors=True)
+    settle(target)
+    temporary, previous = _temporary(target), _previous(target)
     temporary.mkdir()
     try:
         write(temporary)
         for path in [*temporary.rglob("*"), temporary]:
-            _flush(path)
+            flush(path)
         if target.exists():
             target.rename(previous)
         try:
@@ -84,14 +100,31 @@ def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
             if previous.exists():
                 previous.rename(target)
             raise
-        _flush(target.parent)
+        flush(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def settle(target: Path) -> None:
+    """Put right what a killed `write_atomically` left: the old content back, the rest removed."""
+    if (previous := standing(target)) != target:
+        previous.rename(target)
+    for leftover in (_temporary(target), _previous(target)):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _temporary(target: Path) -> Path:
+    return target.parent / f".{target.name}.new"
+
+
+def _previous(target: Path) -> Path:
+    return target.parent / f".{target.name}.old"
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -106,52 +139,43 @@ def save_checkpoint(checkpoint: Checkpoint, state: dict[str, Any] | None = None)
         checkpoint: what to write and where.
         state: tensors and plain values a resumed run needs; None for a final checkpoint.
     """
-    settings = {"updates": checkpoint.updates, "config": checkpoint.config.to_dict()}
 
     def write(directory: Path) -> None:
         checkpoint.model.save(directory, checkpoint.tokenizer)
-        (directory / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
         if state is not None:
             torch.save(state, directory / STATE_FILE)
+        files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+        settings = {
+            "updates": checkpoint.updates,
+            "config": checkpoint.config.to_dict(),
+            "data": checkpoint.data,
+            "files": {str(path.relative_to(directory)): path.stat().st_size for path in files},
+        }
+        (directory / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
     write_atomically(checkpoint.path, write)
 
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a checkpoint, or the best one of a run directory: its final one, else the newest.
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Open the checkpoint in a directory.
 
     Raises:
-        EncoderError: neither is there, or it is damaged.
+        EncoderError: none is there, or it is damaged.
     """
-    directory = Path(path)
-    if not (directory / SETTINGS_FILE).is_file():
-        if (directory / FINAL / SETTINGS_FILE).is_file():
-            directory = directory / FINAL
-        elif (newest := newest_resumable(directory)) is not None:
-            directory = newest
-        else:
-            raise EncoderError(
-                f"{path}: no checkpoint there (expected {SETTINGS_FILE}, or the output directory "
-                f"of a training run)"
-            )
     try:
         settings = json.loads((directory / SETTINGS_FILE).read_text(encoding="utf-8"))
         config = TrainConfig.from_mapping(settings["config"], str(directory / SETTINGS_FILE))
-        updates = int(settings["updates"])
-    except (ValueError, KeyError, TypeError) as error:
-        reason = str(error) if isinstance(error, ConfigError) else f"damaged {SETTINGS_FILE}"
-        raise EncoderError(f"{directory}: {reason}") from None
+        updates, data = int(settings["updates"]), dict(settings.get("data", {}))
+        files = dict(settings.get("files", {}))
+    except ConfigError as error:
+        raise EncoderError(str(error)) from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise EncoderError(f"{directory}: damaged {SETTINGS_FILE}") from None
+    for name, size in files.items():
+        file = directory / name
+        if not file.is_file() or file.stat().st_size != size:
+            found = f"{file.stat().st_size} bytes" if file.is_file() else "none"
+            raise EncoderError(f"{directory}: damaged: {name}: expected {size} bytes, got {found}")
     model = DualEncoder.load(directory)
     tokenizer = load_tokenizer(directory / QUERY_DIRECTORY)
-    return Checkpoint(model, tokenizer, config, updates, directory)
-
-
-def intermediate_path(output: Path, updates: int) -> Path:
-    """Where the checkpoint after this many updates goes."""
-    return output / f"checkpoint-{updates:06d}"
-
-
-def newest_resumable(output: Path) -> Path | None:
-    """The newest intermediate checkpoint of a run directory."""
-    found = [path.parent for path in output.glob(f"checkpoint-*/{STATE_FILE}")]
-    return max(found, key=lambda path: path.name, default=None)
+    return Checkpoint(model, tokenizer, config, updates, directory, data)

@@ -20,7 +20,9 @@ from contaccum_ext.retrieval import (
 )
 from contaccum_ext.training.config import TrainConfig
 from contaccum_ext.training.encoder import DualEncoder, load_tokenizer
-from contaccum_ext.training.trainer import Trainer, UpdateMetrics
+from contaccum_ext.training.metrics import UpdateMetrics
+from contaccum_ext.training.precision import autocast_dtype
+from contaccum_ext.training.trainer import Trainer
 
 BM25 = "BM25"
 UNTRAINED = "untrained"
@@ -52,6 +54,10 @@ class Comparison:
     def row(self, name: str) -> Row:
         """The row of that name."""
         return next(row for row in self.rows if row.name == name)
+
+    def histories(self) -> dict[str, list[UpdateMetrics]]:
+        """Metrics of every update, by the name of what was trained."""
+        return {row.name: row.history for row in self.rows if row.history}
 
 
 def compare(
@@ -106,20 +112,19 @@ def dense_run(
 ) -> Run:
     """The passages a dual encoder ranks first for each query, over the whole corpus."""
     queries = dataset.eval_queries(split)
-    autocast_dtype = torch.bfloat16 if config.bf16 else None
     query_vectors = encode_texts(
         model.query,
         tokenizer,
         [query.query for query in queries],
         max_length=config.query_max_length,
-        autocast_dtype=autocast_dtype,
+        autocast_dtype=autocast_dtype(config),
     )
     passage_vectors = encode_texts(
         model.passage,
         tokenizer,
         [passage.full() for passage in dataset.corpus.values()],
         max_length=config.passage_max_length,
-        autocast_dtype=autocast_dtype,
+        autocast_dtype=autocast_dtype(config),
     )
     ids = list(dataset.corpus)
     scores, indices = search(query_vectors, passage_vectors, min(DEPTH, len(ids)))

@@ -5,84 +5,32 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from contaccum_ext.bank_size import AUTO_BANK_UPDATES, auto_bank_size, width_warnings
+from contaccum_ext.bank_size import AUTO_BANK_UPDATES, auto_bank_size
 from contaccum_ext.training.methods import METHODS
+from contaccum_ext.training.rules import (
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    ConfigError,
+    Rule,
+    boolean,
+    choice,
+    integer,
+    or_word,
+)
 
-
-class ConfigError(ValueError):
-    """A setting that does not exist or has a value that cannot be used; the message is one line."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a setting accepts: the expectation in words and the parser that enforces it."""
-
-    expectation: str
-    parse: Callable[[Any], Any]
-
-
-def _integer(minimum: int) -> Rule:
-    def parse(value: Any) -> int:
-        number = int(value) if isinstance(value, str) else value
-        if isinstance(number, bool) or not isinstance(number, int) or number < minimum:
-            raise ValueError
-        return number
-
-    return Rule(f"an integer >= {minimum}", parse)
-
-
-def _number(expectation: str, accepts: Callable[[float], bool]) -> Rule:
-    def parse(value: Any) -> float:
-        # YAML 1.1 reads "2e-4" as a string, so strings are converted here.
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise ValueError
-        number = float(value)
-        if not accepts(number):
-            raise ValueError
-        return number
-
-    return Rule(f"a number {expectation}", parse)
-
-
-def _choice(*names: str) -> Rule:
-    def parse(value: Any) -> str:
-        if value not in names:
-            raise ValueError
-        return str(value)
-
-    return Rule(f"one of {', '.join(names)}", parse)
-
-
-def _boolean() -> Rule:
-    def parse(value: Any) -> bool:
-        if not isinstance(value, bool):
-            raise ValueError
-        return value
-
-    return Rule("true or false", parse)
-
-
-def _or_word(rule: Rule, word: str | None) -> Rule:
-    def parse(value: Any) -> Any:
-        return value if value == word else rule.parse(value)
-
-    return Rule(f"{rule.expectation}, or {word or 'null'}", parse)
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def _setting(default: Any, rule: Rule, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"rule": rule, "help": help})
-
-
-_POSITIVE = _number("> 0", lambda value: 0 < value < float("inf"))
-_FRACTION = _number("from 0 to 1", lambda value: 0 <= value <= 1)
-_NOT_NEGATIVE = _number(">= 0", lambda value: 0 <= value < float("inf"))
 
 
 @dataclass(frozen=True)
@@ -94,46 +42,80 @@ class TrainConfig:
     """
 
     method: str = _setting(
-        "contaccum", _choice(*METHODS), "how the examples of one update become gradients"
+        "contaccum", choice(*METHODS), "how the examples of one update become gradients"
     )
-    local_batch_size: int = _setting(8, _integer(1), "n, queries per micro-batch: fits in memory")
-    accumulation_steps: int = _setting(16, _integer(1), "K, micro-batches per optimizer update")
+    local_batch_size: int = _setting(8, integer(1), "n, queries per micro-batch: fits in memory")
+    accumulation_steps: int = _setting(16, integer(1), "K, micro-batches per optimizer update")
     bank_size: int | str = _setting(
         "auto",
-        _or_word(_integer(1), "auto"),
+        or_word(integer(1), "auto"),
         f"slots of the memory banks; auto = {AUTO_BANK_UPDATES} * n * K, at most the training set",
     )
     drift: str = _setting(
-        "mean", _choice("none", "mean"), "correction of banked vectors for the model's movement"
+        "mean", choice("none", "mean"), "correction of banked vectors for the model's movement"
     )
     row_weighting: str = _setting(
-        "local", _choice("local", "all"), "weight of a loss row: 1/n, or the paper's 1/(n+filled)"
+        "local", choice("local", "all"), "weight of a loss row: 1/n, or the paper's 1/(n+filled)"
     )
-    temperature: float = _setting(0.05, _POSITIVE, "scores are divided by it")
-    pooling: str = _setting("mean", _choice("mean", "cls"), "how token vectors become one vector")
-    normalize: bool = _setting(True, _boolean(), "scale embeddings to length 1 (cosine scores)")
-    shared_encoder: bool = _setting(False, _boolean(), "one encoder for queries and passages")
+    bank_query: bool = _setting(True, boolean(), "banked queries are loss rows")
+    bank_passage: bool = _setting(
+        True, boolean(), "banked passages are negatives of queries other than their own"
+    )
+    bank_hard_negatives: bool = _setting(
+        True, boolean(), "bank hard negatives too; without them the loss is slower plain PyTorch"
+    )
+    clear_bank_every_update: bool = _setting(
+        False, boolean(), "forget the banks when an update begins: no past encoder"
+    )
+    bank_warmup_updates: int = _setting(
+        0, integer(0), "updates during which the banks fill and are not yet used"
+    )
+    temperature: float = _setting(0.05, POSITIVE, "scores are divided by it")
+    pooling: str = _setting("mean", choice("mean", "cls"), "how token vectors become one vector")
+    normalize: bool = _setting(True, boolean(), "scale embeddings to length 1 (cosine scores)")
+    shared_encoder: bool = _setting(False, boolean(), "one encoder for queries and passages")
     layers: int | None = _setting(
-        None, _or_word(_integer(1), None), "keep only the first layers of the encoder"
+        None, or_word(integer(1), None), "keep only the first layers of the encoder"
     )
-    hard_negatives: int = _setting(1, _integer(0), "hard negatives per query, drawn every epoch")
+    hard_negatives: int = _setting(1, integer(0), "hard negatives per query, drawn every epoch")
     mask_false_negatives: bool = _setting(
-        True, _boolean(), "leave a row's own positive passage out of its negatives"
+        True, boolean(), "leave a row's own positive passage out of its negatives"
     )
-    query_max_length: int = _setting(64, _integer(4), "tokens kept of a query")
-    passage_max_length: int = _setting(256, _integer(4), "tokens kept of a passage")
-    learning_rate: float = _setting(5e-5, _POSITIVE, "AdamW peak learning rate")
-    weight_decay: float = _setting(0.01, _NOT_NEGATIVE, "not applied to biases and layer norms")
-    warmup_ratio: float = _setting(0.1, _FRACTION, "share of the updates with rising learning rate")
-    max_grad_norm: float = _setting(2.0, _POSITIVE, "gradients are clipped to this norm")
-    epochs: int = _setting(1, _integer(1), "passes over the training queries")
+    query_max_length: int = _setting(64, integer(4), "tokens kept of a query")
+    passage_max_length: int = _setting(256, integer(4), "tokens kept of a passage")
+    learning_rate: float = _setting(5e-5, POSITIVE, "AdamW peak learning rate")
+    weight_decay: float = _setting(0.01, NOT_NEGATIVE, "not applied to biases and layer norms")
+    warmup_ratio: float = _setting(0.1, FRACTION, "share of the updates with rising learning rate")
+    warmup_updates: int | None = _setting(
+        None, or_word(integer(0), None), "updates with rising learning rate, instead of their share"
+    )
+    max_grad_norm: float = _setting(2.0, POSITIVE, "gradients are clipped to this norm")
+    on_nonfinite: str = _setting(
+        "stop",
+        choice("stop", "skip"),
+        "an update that is not finite ends the run, or changes nothing (keeps a copy of the banks)",
+    )
+    epochs: int = _setting(1, integer(1), "passes over the training queries")
     max_updates: int | None = _setting(
-        None, _or_word(_integer(1), None), "optimizer updates, instead of whole epochs"
+        None, or_word(integer(1), None), "optimizer updates, instead of whole epochs"
     )
-    seed: int = _setting(1, _integer(0), "fixes data order, negatives, dropout")
-    bf16: bool = _setting(False, _boolean(), "encode under bfloat16 autocast")
-    device: str = _setting("auto", _choice("auto", "cpu", "cuda"), "where to train")
-    checkpoint_every: int = _setting(0, _integer(0), "updates between checkpoints; 0: only the end")
+    seed: int = _setting(1, integer(0), "fixes data order, negatives, dropout")
+    precision: str = _setting(
+        "fp32", choice(*PRECISIONS), "bf16, fp16: encode under autocast; fp16 scales the loss"
+    )
+    gradient_checkpointing: bool = _setting(
+        False, boolean(), "keep no activations inside the layers, compute them again: less memory"
+    )
+    compile: bool = _setting(False, boolean(), "compile the encoders with torch.compile")
+    device: str = _setting("auto", choice("auto", "cpu", "cuda"), "where to train")
+    checkpoint_every: int = _setting(
+        500, integer(0), "updates between checkpoints; 0: only the end"
+    )
+    keep_checkpoints: int = _setting(2, integer(1), "newest intermediate checkpoints kept")
+    diagnostics_every: int = _setting(
+        0, integer(0), "updates between looks at how rows' softmax falls on the bank; 0: none"
+    )
+    tensorboard: bool = _setting(False, boolean(), "write the metrics for TensorBoard too")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -145,6 +127,7 @@ class TrainConfig:
                 raise ConfigError(
                     f"{field.name}: expected {rule.expectation}, got {value!r}"
                 ) from None
+        METHODS[self.method].banks(self)  # refuses a combination that leaves no bank
 
     @property
     def update_size(self) -> int:
@@ -168,6 +151,7 @@ class TrainConfig:
         Raises:
             ConfigError: unknown key (the nearest known one is suggested) or unusable value.
         """
+        values = _with_precision(values, source)
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
@@ -178,6 +162,17 @@ class TrainConfig:
             return cls(**values)
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
+
+
+def _with_precision(values: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """Settings of 0.1 had `bf16: true`."""
+    if "bf16" not in values:
+        return values
+    others = {key: value for key, value in values.items() if key != "bf16"}
+    words = {True: "bf16", False: "fp32"}
+    if "precision" in values or not isinstance(values["bf16"], bool):
+        raise ConfigError(f"{source}: bf16: expected 'precision: bf16' instead, got bf16 too")
+    return others | {"precision": words[values["bf16"]]}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -226,15 +221,3 @@ def field_help() -> list[str]:
         rule: Rule = field.metadata["rule"]
         lines.append(f"{field.name}={default}: {field.metadata['help']} ({rule.expectation})")
     return lines
-
-
-def bank_warnings(config: TrainConfig, capacity: int) -> list[str]:
-    """What to expect of a bank that is too wide for its drift correction, in words.
-
-    Args:
-        config: settings of the run; methods without a bank never warn.
-        capacity: slots of the bank.
-    """
-    if not METHODS[config.method].banks:
-        return []
-    return width_warnings(capacity, config.update_size, config.drift)

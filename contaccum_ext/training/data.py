@@ -6,8 +6,10 @@ examples in the same updates.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +31,7 @@ class TrainingDataError(ValueError):
 class Draw:
     """One training example of one epoch."""
 
+    id: str  # of the query
     query: str
     passages: tuple[str, ...]  # ids, positive first, then hard negatives
 
@@ -40,6 +43,7 @@ class Batch:
     queries: dict[str, Tensor]  # each (n, t)
     passages: dict[str, Tensor]  # each (n*m, t): the m passages of a query stand together
     passage_ids: Tensor  # (n, m) int64
+    query_ids: tuple[str, ...]  # n
 
     @property
     def size(self) -> int:
@@ -52,7 +56,29 @@ class Batch:
             {key: value.to(device) for key, value in self.queries.items()},
             {key: value.to(device) for key, value in self.passages.items()},
             self.passage_ids.to(device),
+            self.query_ids,
         )
+
+
+def fingerprint(dataset: RetrievalDataset) -> dict[str, str]:
+    """What a run was trained on, in a few words to compare: "40 queries, 1f0c..." by part.
+
+    The corpus counts with all its passages and their order, which numbers them in the bank; two
+    files with the same content are the same.
+    """
+    passages = ((p.id, p.title, p.text) for p in dataset.corpus.values())
+    examples = ((e.id, e.query, e.positives, e.negatives) for e in dataset.train)
+    return {
+        "corpus": f"{len(dataset.corpus)} passages, {_digest(passages)}",
+        "training set": f"{len(dataset.train)} queries, {_digest(examples)}",
+    }
+
+
+def _digest(records: Iterable[Sequence[object]]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for record in records:
+        digest.update(json.dumps(record).encode())
+    return digest.hexdigest()
 
 
 class Sampler:
@@ -125,7 +151,7 @@ class Sampler:
             candidate = self._corpus_ids[below(len(self._corpus_ids))]
             if candidate not in example.positives and candidate not in negatives:
                 negatives.append(candidate)
-        return Draw(example.query, (positive, *negatives))
+        return Draw(example.id, example.query, (positive, *negatives))
 
 
 class Collator:
@@ -155,6 +181,7 @@ class Collator:
             self._tokenize([draw.query for draw in draws], self._config.query_max_length),
             self._tokenize(texts, self._config.passage_max_length),
             torch.tensor([[self._numbers[pid] for pid in draw.passages] for draw in draws]),
+            tuple(draw.id for draw in draws),
         )
 
     def _tokenize(self, texts: list[str], max_length: int) -> dict[str, Tensor]:

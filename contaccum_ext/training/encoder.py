@@ -194,6 +194,28 @@ class DualEncoder(nn.Module):
                 raise EncoderError(f"{key}: {path} takes at most {positions} tokens, got {tokens}")
         return cls(query, query if config.shared_encoder else copy.deepcopy(query))
 
+    def prepare_training(self, config: TrainConfig) -> None:
+        """Switch on what the settings ask for; weights and their names stay the same.
+
+        Raises:
+            EncoderError: the model cannot do gradient checkpointing.
+        """
+        for encoder in {self.query, self.passage}:
+            backbone: Any = encoder.backbone
+            if config.gradient_checkpointing:
+                # transformers 5 has given it another name.
+                names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+                try:
+                    enable = next(getattr(backbone, n) for n in names if hasattr(backbone, n))
+                    enable({"use_reentrant": False})
+                except (StopIteration, ValueError) as error:
+                    reason = str(error) or "this model has none"
+                    name = type(backbone).__name__
+                    raise EncoderError(f"gradient_checkpointing: {name}: {reason}") from None
+            if config.compile:
+                # One graph for all lengths: each micro-batch is padded to another.
+                backbone.compile(dynamic=True)
+
     @classmethod
     def load(cls, directory: str | Path) -> DualEncoder:
         """Open what `save` wrote.
@@ -210,6 +232,10 @@ class DualEncoder(nn.Module):
     def save(self, directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write query_encoder/ and, unless shared, passage_encoder/, each with the tokenizer."""
         directory = Path(directory)
+        # A tokenizer remembers how it was last called, and would be saved with our maximum length.
+        if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+            backend.no_truncation()
+            backend.no_padding()
         towers = {QUERY_DIRECTORY: self.query}
         if not self.shared:
             towers[PASSAGE_DIRECTORY] = self.passage

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from contaccum_ext.training.encoder import DualEncoder
+
+if TYPE_CHECKING:
+    from contaccum_ext.training.config import TrainConfig
 
 
 def build_optimizer(
@@ -49,13 +53,18 @@ class LinearSchedule:
 class GradientNorms:
     """L2 norms of the accumulated gradients, before clipping."""
 
-    query: float
-    passage: float | None  # None with one shared encoder
+    query: float | None  # None where fp16 overflowed
+    passage: float | None  # None with one shared encoder too
+
+    @property
+    def finite(self) -> bool:
+        """Whether no gradient is infinite or not a number."""
+        return math.isfinite((self.query or 0.0) + (self.passage or 0.0))
 
     @property
     def ratio(self) -> float | None:
         """Passage encoder's norm over the query encoder's; near 1 when training is balanced."""
-        if self.passage is None or self.query == 0:
+        if self.passage is None or not self.query:
             return None
         return self.passage / self.query
 
@@ -73,6 +82,8 @@ def _norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def warmup_updates(total: int, ratio: float) -> int:
-    """Updates of warm-up for a run of `total`, rounded down."""
-    return math.floor(total * ratio)
+def warmup_updates(total: int, config: TrainConfig) -> int:
+    """Updates of warm-up for a run of `total`: as set, or a share of them, rounded down."""
+    if config.warmup_updates is not None:
+        return config.warmup_updates
+    return math.floor(total * config.warmup_ratio)

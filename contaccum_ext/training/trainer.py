@@ -2,65 +2,42 @@
 
 from __future__ import annotations
 
-import json
-import math
-import random
+import copy
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from contaccum_ext.training.checkpoint import FINAL, Checkpoint, intermediate_path, save_checkpoint
-from contaccum_ext.training.config import TrainConfig, bank_warnings
-from contaccum_ext.training.data import Batch, Collator, Draw, Sampler
+from contaccum_ext.training.bank_width import bank_warnings
+from contaccum_ext.training.checkpoint import Checkpoint, save_checkpoint
+from contaccum_ext.training.config import TrainConfig
+from contaccum_ext.training.data import Batch, Collator, Draw, Sampler, fingerprint
+from contaccum_ext.training.diagnostics import peak_memory, reset_peak_memory
 from contaccum_ext.training.encoder import DualEncoder
-from contaccum_ext.training.methods import METHODS
+from contaccum_ext.training.methods import METHODS, Accumulated
+from contaccum_ext.training.metrics import DivergedError, UpdateMetrics
 from contaccum_ext.training.optimization import (
+    GradientNorms,
     LinearSchedule,
     build_optimizer,
     clip_gradients,
     warmup_updates,
 )
+from contaccum_ext.training.precision import autocast_dtype, gradient_scaler
+from contaccum_ext.training.random_state import random_state, seed_everything, set_random_state
+from contaccum_ext.training.run_directory import RunDirectory
+from contaccum_ext.training.run_log import RunLog
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from contaccum_ext.datasets.base import RetrievalDataset
-
-METRICS_FILE = "metrics.jsonl"
-
-
-@dataclass(frozen=True)
-class UpdateMetrics:
-    """One line of metrics.jsonl."""
-
-    update: int  # counted from 1
-    loss: float  # of the method; comparable within a method only
-    in_batch_loss: float  # over groups of n without a bank; comparable between methods
-    learning_rate: float
-    grad_norm_query: float
-    grad_norm_passage: float | None  # None with a shared encoder
-    grad_norm_ratio: float | None  # passage / query
-    queries_per_second: float
-    bank_filled: int  # slots
-
-
-class DivergedError(RuntimeError):
-    """The loss is no longer a number; the weights are still those before the update."""
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and PyTorch."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 class Trainer:
@@ -88,9 +65,12 @@ class Trainer:
         seed_everything(config.seed)
         self.device = resolve_device(config.device)
         self.model = model.to(self.device)
+        self.model.prepare_training(config)
+        self.scaler = gradient_scaler(config, self.device)
         self.tokenizer = tokenizer
         self.config = config
-        self.output = Path(output)
+        self.run = RunDirectory(output)
+        self.data = fingerprint(dataset)
         self.sampler = Sampler(dataset, config)
         self.collate = Collator(tokenizer, dataset.corpus, config)
         self.method = METHODS[config.method](
@@ -98,10 +78,11 @@ class Trainer:
         )
         self.total = config.max_updates or config.epochs * self.sampler.updates_per_epoch
         self.schedule = LinearSchedule(
-            config.learning_rate, warmup_updates(self.total, config.warmup_ratio), self.total
+            config.learning_rate, warmup_updates(self.total, config), self.total
         )
         self.optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
-        self.done = 0  # updates
+        self.done = 0  # updates, skipped ones among them
+        self.skipped = 0
         if self.method.bank is not None:
             for message in bank_warnings(config, self.method.bank.capacity):
                 warnings.warn(message, stacklevel=2)
@@ -125,76 +106,120 @@ class Trainer:
             mininterval=0.5,
             disable=not progress,
         )
-        with bar, self._open_log() as log:
+        if self.done == 0:
+            self.run.begin(self.config, self.data)
+        with bar, RunLog(self.run, self.done, self.config.tensorboard) as log:
             while self.done < self.total:
                 metrics = self.update()
                 history.append(metrics)
-                log.write(json.dumps(asdict(metrics)) + "\n")
-                log.flush()
+                log.write(metrics)
+                loss = metrics.in_batch_loss
                 bar.set_postfix_str(
-                    f"loss {metrics.in_batch_loss:.3f}, lr {metrics.learning_rate:.1e}, "
-                    f"{metrics.queries_per_second:.0f} queries/s",
+                    f"loss {'skipped' if loss is None else f'{loss:.3f}'}, "
+                    f"lr {metrics.learning_rate:.1e}, {metrics.queries_per_second:.0f} queries/s",
                     refresh=False,
                 )
                 bar.update()
                 every = self.config.checkpoint_every
                 if every and self.done % every == 0 and self.done < self.total:
-                    self._save(intermediate_path(self.output, self.done), self.state_dict())
-        self._save(self.output / FINAL)
+                    log.flush()
+                    self._save(self.run.checkpoint(self.done), self.state_dict())
+                    self.run.prune(self.config.keep_checkpoints)
+        self._save(self.run.final)
         return history
 
     def update(self) -> UpdateMetrics:
         """One optimizer update over n*K examples.
 
         Raises:
-            DivergedError: loss or gradient is not finite; the weights are left as they were.
+            DivergedError: loss or gradient is not finite and `on_nonfinite` is "stop"; the weights
+                are left as they were.
         """
         started = time.perf_counter()
+        reset_peak_memory(self.device)
         draws = self.sampler.update(self.done)
         learning_rate = self.schedule.at(self.done)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
         self.optimizer.zero_grad(set_to_none=True)
-        loss, in_batch_loss = self.method.accumulate(self._encode, self._micro_batches(draws))
-        norms = clip_gradients(self.model, self.config.max_grad_norm)
-        if not math.isfinite(loss + norms.query + (norms.passage or 0.0)):
-            raise DivergedError(
-                f"update {self.done + 1}: the loss is {loss}, its gradient norm {norms.query}; "
-                f"lower learning_rate, or raise temperature"
-            )
-        self.optimizer.step()
+        batches = self._micro_batches(draws)
+        scoring = self.method.scoring
+        may_skip = self.config.on_nonfinite == "skip"
+        before = copy.deepcopy(scoring.state_dict()) if may_skip else None
+        scoring.begin_update(self.done)
+        found = self.method.accumulate(self._encode, batches, self.scaler.scale)
+        norms = None if found.non_finite else self._step()
+        if norms is None:
+            problem = self._problem(found, batches)
+            if self.config.on_nonfinite == "stop":
+                raise DivergedError(f"{problem}; lower learning_rate, or raise temperature")
+            warnings.warn(f"skipped: {problem}", stacklevel=2)
+            self.skipped += 1
+            if before is not None:
+                scoring.load_state_dict(before)
         self.done += 1
 
         return UpdateMetrics(
             update=self.done,
-            loss=loss,
-            in_batch_loss=in_batch_loss,
+            loss=found.loss if norms else None,
+            in_batch_loss=found.in_batch_loss if norms else None,
             learning_rate=learning_rate,
-            grad_norm_query=norms.query,
-            grad_norm_passage=norms.passage,
-            grad_norm_ratio=norms.ratio,
+            grad_norm_query=norms.query if norms else None,
+            grad_norm_passage=norms.passage if norms else None,
+            grad_norm_ratio=norms.ratio if norms else None,
             queries_per_second=len(draws) / (time.perf_counter() - started),
             bank_filled=0 if self.method.bank is None else len(self.method.bank),
+            skipped=self.skipped,
+            loss_scale=self.scaler.get_scale() if self.scaler.is_enabled() else None,
+            bank_oldest=scoring.oldest(),
+            peak_memory=peak_memory(self.device),
+            **({} if norms is None or scoring.look is None else asdict(scoring.look)),
+        )
+
+    def _step(self) -> GradientNorms | None:
+        """Clip and apply the gradients; None where they are not finite and nothing was done."""
+        self.scaler.unscale_(self.optimizer)
+        norms = clip_gradients(self.model, self.config.max_grad_norm)
+        # Too large a loss scale is found out by trying: the scaler halves it, and the run goes on.
+        overflowed = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        if norms.finite:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if norms.finite:
+            return norms
+        self.skipped += overflowed
+        return GradientNorms(None, None) if overflowed else None
+
+    def _problem(self, found: Accumulated, batches: Sequence[Batch]) -> str:
+        """Which micro-batch is not finite, in words."""
+        where = f"update {self.done + 1}"
+        if not found.non_finite:
+            return f"{where}: the gradient is not finite, although the loss ({found.loss:g}) is"
+        first = found.non_finite[0]
+        return (
+            f"{where}, micro-batch {first + 1} of {len(batches)}: the loss or its representations "
+            f"are not finite, queries {', '.join(batches[first].query_ids)}"
         )
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the weights."""
-        bank = self.method.bank
         return {
             "updates": self.done,
+            "skipped": self.skipped,
             "optimizer": self.optimizer.state_dict(),
-            "bank": None if bank is None else bank.state_dict(),
-            "random": torch.get_rng_state(),
+            "scaler": self.scaler.state_dict(),
+            "scoring": self.method.scoring.state_dict(),
+            "random": random_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as if never stopped; the model must hold the weights saved with the state."""
-        self.done = state["updates"]
+        self.done, self.skipped = state["updates"], state["skipped"]
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.method.bank is not None:
-            self.method.bank.load_state_dict(state["bank"])
-        torch.set_rng_state(state["random"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.method.scoring.load_state_dict(state["scoring"])
+        set_random_state(state["random"])
 
     def _micro_batches(self, draws: Sequence[Draw]) -> list[Batch]:
         size = self.method.micro_batch_size(self.config)
@@ -204,20 +229,14 @@ class Trainer:
         ]
 
     def _encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+        dtype = autocast_dtype(self.config)
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             return self.model(batch)
 
-    def _open_log(self) -> TextIO:
-        """metrics.jsonl with the lines of the updates already done, and no later ones."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        path = self.output / METRICS_FILE
-        kept = path.read_text().splitlines(keepends=True)[: self.done] if path.exists() else []
-        log = path.open("w", encoding="utf-8")
-        log.writelines(kept)
-        return log
-
     def _save(self, path: Path, state: dict[str, Any] | None = None) -> None:
-        save_checkpoint(Checkpoint(self.model, self.tokenizer, self.config, self.done, path), state)
+        save_checkpoint(
+            Checkpoint(self.model, self.tokenizer, self.config, self.done, path, self.data), state
+        )
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,0 +1,87 @@
+"""The loss against a bank without hard negatives, while local rows keep theirs: an ablation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from contaccum_ext.bank import DualMemoryBank
+from contaccum_ext.functional import contaccum_loss
+
+
+def positive_bank_loss(
+    queries: Tensor,
+    passages: Tensor,
+    bank: DualMemoryBank,
+    temperature: float,
+    passage_ids: Tensor | None,
+    row_weighting: str = "local",
+    banks: str = "both",
+) -> Tensor:
+    """Loss of a micro-batch whose hard negatives are local columns only, then enqueue positives.
+
+    Equivalent to `contaccum_loss` with the columns of banked hard negatives left out, which no mask
+    by id can do. In plain PyTorch, n x F scores and F x nm: a banked row's part over banked columns
+    comes from the bank's table, as in the op.
+
+    Args:
+        queries: (n, d).
+        passages: (n, m, d), positive first.
+        bank: of one passage per query, its table for this temperature.
+        temperature: scores are inner products divided by it.
+        passage_ids: (n, m) int64, or None.
+        row_weighting, banks: as in `contaccum_loss`.
+
+    Returns:
+        () fp32; NaN, and nothing banked, where the batch is not finite.
+    """
+    (n, m, d), scale = passages.shape, 1.0 / temperature
+    columns = passages.reshape(n * m, d)
+    column_ids = None if passage_ids is None else passage_ids.reshape(-1)
+    targets = torch.arange(n, device=queries.device) * m
+    row_ids = None if passage_ids is None else passage_ids[:, 0]
+
+    local = scale * queries @ columns.T  # (n, nm)
+    own = torch.zeros_like(local, dtype=torch.bool).scatter_(1, targets[:, None], True)
+    target_scores = local.gather(1, targets[:, None])[:, 0]
+    scores = [local.masked_fill(_same(row_ids, column_ids, local) & ~own, -math.inf)]
+    filled = len(bank)
+    if filled and banks != "queries":
+        banked = bank.passages()[:, 0] + bank.passage_offsets()[:, 0].to(bank.dtype)
+        against_bank = scale * queries @ banked.T  # (n, F)
+        bank_ids = None if passage_ids is None else bank.passage_ids()[:, 0]
+        scores.append(against_bank.masked_fill(_same(row_ids, bank_ids, against_bank), -math.inf))
+    per_row = torch.cat(scores, 1).logsumexp(1) - target_scores
+    if filled and banks != "passages":
+        per_row = torch.cat([per_row, _banked_rows(columns, column_ids, bank, scale, banks)])
+    loss = per_row.sum() / (n if row_weighting == "local" else len(per_row))
+    with torch.no_grad():
+        # Zero, or NaN where anything is not finite: the op then refuses the batch as it refuses one
+        # whose hard negatives it sees.
+        taint = 0 * (queries.sum() + passages.sum())
+        positives = passages[:, :1] + taint
+        positive_ids = None if passage_ids is None else passage_ids[:, :1]
+        contaccum_loss(queries, positives, bank, temperature, positive_ids)
+    return loss + taint
+
+
+def _banked_rows(
+    columns: Tensor, column_ids: Tensor | None, bank: DualMemoryBank, scale: float, banks: str
+) -> Tensor:
+    """(F,) losses of the banked rows over banked and local columns."""
+    banked = bank.queries()
+    target_scores = scale * (banked * bank.passages()[:, 0]).sum(1)
+    among_banked = bank.table().logsumexp(1) if banks == "both" else target_scores
+    scores = scale * (banked + bank.query_offsets().to(bank.dtype)) @ columns.T  # (F, nm)
+    row_ids = None if column_ids is None else bank.passage_ids()[:, 0]
+    scores = scores.masked_fill(_same(row_ids, column_ids, scores), -math.inf)
+    return torch.cat([among_banked[:, None], scores], 1).logsumexp(1) - target_scores
+
+
+def _same(rows: Tensor | None, columns: Tensor | None, like: Tensor) -> Tensor:
+    """(rows, columns) whether a column has the id of the row's positive; -1 has none."""
+    if rows is None or columns is None:
+        return torch.zeros_like(like, dtype=torch.bool)
+    return (rows[:, None] == columns) & (columns != -1)

@@ -1,0 +1,122 @@
+"""What a batch is scored against: itself and, as the settings say, the memory banks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from contaccum_ext.bank import DualMemoryBank
+from contaccum_ext.functional import contaccum_loss
+from contaccum_ext.training.diagnostics import BankAges, Look, look
+from contaccum_ext.training.positive_bank import positive_bank_loss
+
+if TYPE_CHECKING:
+    from contaccum_ext.training.config import TrainConfig
+
+
+class Scoring:
+    """The loss of what is scored together, and the bank it may be scored against.
+
+    Args:
+        config: settings of the run.
+        banks: "both", "passages" or "queries" as in `contaccum_loss`; None for no bank.
+        dim: embedding size d.
+        training_queries: size of the training set; bounds the automatic bank size.
+        device: where the loss is computed.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        banks: str | None,
+        dim: int,
+        training_queries: int,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.banks = banks
+        self.bank: DualMemoryBank | None = None
+        if banks is not None:
+            self.bank = DualMemoryBank(
+                config.bank_capacity(training_queries),
+                dim,
+                passages_per_query=1 + config.hard_negatives * config.bank_hard_negatives,
+                device=device,
+                drift=config.drift,
+            )
+        self.ages = BankAges(0 if self.bank is None else self.bank.capacity)
+        self.look: Look | None = None  # of the last micro-batch of this update, if it was wanted
+        self._update = 0
+
+    def begin_update(self, update: int) -> None:
+        """Prepare the bank for update `update`, counted from 0."""
+        self._update = update
+        self.look = None
+        if self.bank is not None and self.config.clear_bank_every_update:
+            self.bank.clear()
+            self.ages.clear()
+
+    def loss(
+        self, queries: Tensor, passages: Tensor, passage_ids: Tensor, last: bool = False
+    ) -> Tensor:
+        """() fp32 loss against the bank as it was, then enqueue.
+
+        Args:
+            queries: (n, d).
+            passages: (n, m, d), positive first.
+            passage_ids: (n, m) int64.
+            last: no other batch of this update follows; this one is looked at, when it is time to.
+        """
+        if self.bank is None:
+            return self.in_batch_loss(queries, passages, passage_ids)
+        every = self.config.diagnostics_every
+        waiting = self._update < self.config.bank_warmup_updates
+        if last and every and (self._update + 1) % every == 0 and not waiting:
+            ages, ids = self.ages.of_slots(self._update), self._ids(passage_ids)
+            batch, temperature = (queries, passages, ids), self.config.temperature
+            self.look = look(*batch, self.bank, ages, temperature, self.banks or "both")
+        self.ages.enqueue(self._update, len(queries))
+        if waiting:
+            # The bank fills while it waits, and costs no update of negatives when it comes in.
+            with torch.no_grad():
+                self._against_bank(queries, passages, passage_ids)
+            return self.in_batch_loss(queries, passages, passage_ids)
+        return self._against_bank(queries, passages, passage_ids)
+
+    def in_batch_loss(self, queries: Tensor, passages: Tensor, passage_ids: Tensor) -> Tensor:
+        """() fp32 loss of a batch against itself alone."""
+        return contaccum_loss(
+            queries, passages, None, self.config.temperature, self._ids(passage_ids)
+        )
+
+    def oldest(self) -> int | None:
+        """Age of the oldest slot in updates; None without a bank or with an empty one."""
+        return self.ages.oldest(self._update)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later losses depend on."""
+        bank = None if self.bank is None else self.bank.state_dict()
+        return {"bank": bank, "ages": self.ages.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        if self.bank is not None:
+            self.bank.load_state_dict(state["bank"])
+        self.ages.set_state(state["ages"])
+
+    def _against_bank(self, queries: Tensor, passages: Tensor, passage_ids: Tensor) -> Tensor:
+        assert self.bank is not None and self.banks is not None
+        settings: dict[str, Any] = {
+            "temperature": self.config.temperature,
+            "passage_ids": self._ids(passage_ids),
+            "row_weighting": self.config.row_weighting,
+            "banks": self.banks,
+        }
+        if passages.shape[1] > self.bank.passages_per_query:
+            return positive_bank_loss(queries, passages, self.bank, **settings)
+        return contaccum_loss(queries, passages, self.bank, **settings)
+
+    def _ids(self, passage_ids: Tensor) -> Tensor | None:
+        return passage_ids if self.config.mask_false_negatives else None
