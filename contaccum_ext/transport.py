@@ -8,6 +8,7 @@ It needs no texts of the bank and no pass over it but one product with a (d, d) 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ class Displacement:
     centre: Tensor  # (d,)
     shift: Tensor  # (d,)
     slope: Tensor  # (d, d)
+    error: Tensor  # (): how far off it is for a text that is no probe, in spreads of the new probes
 
     @classmethod
     def fit(cls, old: Tensor, new: Tensor, ridge: float) -> Displacement:
@@ -32,7 +34,9 @@ class Displacement:
 
         With E = old less its mean, D = (new - old) less its mean and G = E E^T (R, R), the slope is
         E^T (G + ridge tr(G) / R)^-1 D: of all maps that explain the displacements about as well,
-        the one that moves other directions least.
+        the one that moves other directions least. Its error is that of leaving each probe out in
+        turn, which takes no other fits: the root mean square of e_i / (1 - h_i), e the residuals
+        and h the leverages.
 
         Args:
             old, new: (R, d) the same texts before and after a step.
@@ -47,8 +51,13 @@ class Displacement:
         strength = ridge * gram.diagonal().mean() + tiny
         identity = torch.eye(len(old), dtype=gram.dtype, device=gram.device)
         factor, _ = torch.linalg.cholesky_ex(gram + strength * identity)
-        slope = spread.T @ torch.cholesky_solve(moved - shift, factor)
-        return cls(centre, shift, slope)
+        weights = torch.cholesky_solve(moved - shift, factor)
+        slope = spread.T @ weights
+        # 1 - h_i; the mean, too, is fitted. Two probes leave nothing to tell from.
+        free = strength * torch.cholesky_inverse(factor).diagonal() - 1 / len(old)
+        left_out = strength * weights / free.clamp(min=1e-9).unsqueeze(1)
+        size = new.double().var(0, correction=0).sum().sqrt() + tiny
+        return cls(centre, shift, slope, left_out.square().sum(1).mean().sqrt() / size)
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """(..., d) moved, in float32 where the vectors are narrower."""
@@ -67,7 +76,7 @@ def transport(
     *,
     ridge: float = 0.1,
     normalize: bool = True,
-) -> None:
+) -> Tensor:
     """Move all banked vectors as an optimizer step has moved the probes.
 
     Equivalent to fitting a :class:`Displacement` to each side's probes and replacing each banked
@@ -81,6 +90,10 @@ def transport(
         old_passages, new_passages: (R', d) or (R', m, d).
         ridge: see ``Displacement.fit``.
         normalize: bring moved vectors to length 1, for encoders that do so.
+
+    Returns:
+        () the larger of the two ``Displacement.error``: how far moved vectors may be off, in
+        spreads.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. The bank is
@@ -105,6 +118,7 @@ def transport(
             there = filled[part].view(-1, *[1] * (vectors.dim() - 1))
             vectors[part] = torch.where(there, moved.to(vectors.dtype), vectors[part])
     bank.vectors_changed()
+    return torch.stack([field.error for field in fields]).max()
 
 
 def _pair(bank: DualMemoryBank, name: str, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +143,7 @@ def _pair(bank: DualMemoryBank, name: str, old: Tensor, new: Tensor) -> tuple[Te
 
 
 class BankTransport:
-    """Transports a bank from one optimizer step to the next.
+    """Transports a bank from one optimizer step to the next, and leaves out what it cannot follow.
 
     Call it with the probes' vectors after every step, and once before the first::
 
@@ -139,20 +153,35 @@ class BankTransport:
         optimizer.step()
         follow(encode(probe_queries), encode(probe_passages))
 
+    The errors of the maps that a slot has been through add up to its staleness. Slots beyond the
+    limit are left out by the bank's window: they cost nothing and come back when it widens, which
+    it does once the model moves more slowly.
+
     Args:
         bank, ridge, normalize: see :func:`transport`.
+        limit: staleness in use, in spreads of fresh vectors; None sets no window.
     """
 
-    def __init__(self, bank: DualMemoryBank, ridge: float = 0.1, normalize: bool = True) -> None:
+    def __init__(
+        self,
+        bank: DualMemoryBank,
+        ridge: float = 0.1,
+        normalize: bool = True,
+        limit: float | None = None,
+    ) -> None:
         self.bank, self.ridge, self.normalize = bank, ridge, normalize
+        self.limit = None if limit is None else validation.positive("limit", limit)
         self._last: tuple[Tensor, Tensor] | None = None
+        self._head = 0
+        self._written: list[int] = []  # slots, by updates, the last first
+        self._stale: list[float] = []  # theirs
 
     def __call__(self, queries: Tensor, passages: Tensor) -> None:
         """Take the probes as they are now: queries (R, d), passages (R', d) or (R', m, d)."""
         now = (queries.detach().clone(), passages.detach().clone())
         if self._last is not None:
             (old_queries, old_passages), (new_queries, new_passages) = self._last, now
-            transport(
+            error = transport(
                 self.bank,
                 old_queries,
                 new_queries,
@@ -161,15 +190,45 @@ class BankTransport:
                 ridge=self.ridge,
                 normalize=self.normalize,
             )
+            self._age(float(error))
+        self._head = int(self.bank.cursor[0])
         self._last = now
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The probes' last vectors."""
+    @property
+    def staleness(self) -> float:
+        """Of the oldest slot in use, in spreads of fresh vectors; 0 before the first step."""
+        used = [s for s in self._stale if self.limit is None or s <= self.limit]
+        return max(used, default=self._stale[0] if self._stale else 0.0)
+
+    def _age(self, error: float) -> None:
+        bank = self.bank
+        # A full lap leaves head where it was; so does an update that wrote nothing.
+        written = (int(bank.cursor[0]) - self._head) % bank.capacity or bank.capacity
+        self._written.insert(0, min(written, len(bank)))
+        self._stale = [s + error for s in [0.0, *self._stale]]
+        while sum(self._written[:-1]) >= bank.capacity:
+            self._written.pop()
+            self._stale.pop()
+        if self.limit is None:
+            return
+        fresh = [
+            w
+            for w, s in zip(self._written, self._stale, strict=True)
+            if s <= self.limit or s == self._stale[0]  # what the last update wrote, at least
+        ]
+        window = sum(fresh)
+        bank.window = window if window < bank.capacity else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The probes' last vectors and the bank's staleness."""
         if self._last is None:
             return {}
-        return {"queries": self._last[0], "passages": self._last[1]}
+        ages = {"head": self._head, "written": self._written[:], "stale": self._stale[:]}
+        return {"queries": self._last[0], "passages": self._last[1], **ages}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what ``state_dict`` gave."""
         device = self.bank.cursor.device
         self._last = (state["queries"].to(device), state["passages"].to(device)) if state else None
+        self._head = state.get("head", 0)
+        self._written, self._stale = state.get("written", [])[:], state.get("stale", [])[:]

@@ -48,6 +48,24 @@ def test_the_ridge_is_in_units_of_the_mean_eigenvalue():
     torch.testing.assert_close(field(others), others + moved.mean(0) + wanted)
 
 
+def test_the_error_is_that_of_leaving_each_probe_out():
+    old = vectors(9)
+    new = old + 0.2 * vectors(9, seed=1)
+    gram_scale = ((old - old.mean(0)) @ (old - old.mean(0)).T).trace() / 9
+    errors = []
+    for i in range(9):
+        rest = [j for j in range(9) if j != i]
+        o, n = old[rest], new[rest]
+        spread, moved = o - o.mean(0), n - o
+        # The ridge in absolute units is that of all nine.
+        inverse = (spread @ spread.T + 0.1 * gram_scale * torch.eye(8, dtype=F64)).inverse()
+        slope = spread.T @ inverse @ (moved - moved.mean(0))
+        errors.append((old[i] + moved.mean(0) + (old[i] - o.mean(0)) @ slope - new[i]).norm() ** 2)
+    spread = (new - new.mean(0)).norm(dim=1).square().mean().sqrt()
+    wanted = torch.stack(errors).mean().sqrt() / spread
+    torch.testing.assert_close(Displacement.fit(old, new, 0.1).error, wanted)
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_probes_that_are_all_alike_give_the_shift_alone(count):
     old = vectors(1).expand(count, D)
@@ -112,6 +130,37 @@ def test_following_needs_a_first_look_and_then_moves_step_by_step(device):
     ca.transport(stepwise, first, third, second, first, ridge=0.2, normalize=False)
     torch.testing.assert_close(bank.queries(), stepwise.queries(), rtol=0, atol=0)
     torch.testing.assert_close(bank.passages(), stepwise.passages(), rtol=0, atol=0)
+
+
+def follow_noisily(bank: ca.DualMemoryBank, follow: ca.BankTransport, noises: list[float]) -> list:
+    """Updates of five new slots each; the probes move at random, by so many of their spreads."""
+    windows = []
+    for i, noise in enumerate(noises):
+        ca.contaccum_loss(vectors(5, seed=i), vectors(5, M, seed=i + 1), bank, 0.2)
+        follow(*(vectors(40) + noise * vectors(40, seed=200 + 2 * i + k) for k in (0, 1)))
+        windows.append(bank.window)
+    return windows
+
+
+def test_slots_that_cannot_be_followed_leave_the_window_and_others_may_grow_old():
+    bank = ca.DualMemoryBank(40, D, M, F64, layout=ca.BankLayout(1, 1, 1))
+    follow = ca.BankTransport(bank, ridge=1e-6, limit=1.0)
+    follow(vectors(40), vectors(40))
+    assert bank.window == 40 and follow.staleness == 0
+    stormy = follow_noisily(bank, follow, [0.5] * 4)  # two such maps are too many
+    assert stormy == [5, 5, 5, 5] and follow.staleness > 0.5
+    calm = follow_noisily(bank, follow, [0.0] * 10)
+    # The map back to where the probes were is one more stormy one; from then on nothing is lost.
+    assert calm == [5, 10, 15, 20, 25, 30, 35, 40, 40, 40], calm
+    assert follow.staleness < 1e-3
+
+
+def test_without_a_limit_the_window_is_left_alone():
+    bank = ca.DualMemoryBank(40, D, M, F64)
+    follow = ca.BankTransport(bank)
+    follow(vectors(40), vectors(40))
+    assert follow_noisily(bank, follow, [3.0] * 3) == [40] * 3
+    assert follow.staleness > 1
 
 
 @pytest.mark.parametrize(
