@@ -87,6 +87,7 @@ struct Args {
   float* passage_bias;  // (1 + offset_blocks, n * m)
   float* query_mass;    // (slot groups + 1, m, n), logarithms
   float* passage_mass;  // (slot groups + 1, n * m)
+  void* library;        // what launch_library.cu shares out
   A* group_part;        // (2, groups + 1, rows): new rows over the groups of head's block and the
                         // next; the last entry is what of a group head has yet to overwrite
   A* strip_part;        // (blocks, strips, rows): over the strips of other blocks
