@@ -1,0 +1,101 @@
+"""``python -m benchmarks.drift``: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import benchmarks.drift
+from benchmarks.drift import rows
+from benchmarks.drift.grid import Grid, run_grid
+from benchmarks.drift.report import table
+from benchmarks.drift.settings import Setting
+from benchmarks.drift.tables import BASELINE, TABLES, settings
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from benchmarks.drift.prepare import prepare
+
+    prepare(args.model, args.source, args.out, args.layers)
+    size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
+    print(f"{args.out}: {size / 2**20:.1f} MiB")
+    return 0
+
+
+def _grid(args: argparse.Namespace) -> int:
+    chosen = [
+        setting
+        for setting in settings(args.tables)
+        if (not args.only or args.only in f"{setting.data} {setting.label}")
+        and (not args.seeds or setting.seed in args.seeds)
+    ]
+    grid = Grid(args.data, args.out, args.gpus, args.workers, args.deadline)
+    return 1 if run_grid(chosen, grid) else 0
+
+
+def _one(args: argparse.Namespace) -> int:
+    import torch
+
+    from benchmarks.drift.run import run
+
+    torch.set_float32_matmul_precision("high")
+    setting = Setting(**json.loads(args.setting))
+    row = run(setting, args.data, torch.device(args.device), {})
+    if args.out:
+        rows.append(args.out, row)
+    print(json.dumps(row, indent=1))
+    return 0
+
+
+def _table(args: argparse.Namespace) -> int:
+    done: dict[str, rows.Row] = {}
+    for path in args.rows:
+        done |= rows.finished(path)
+    for name in args.tables:
+        print(f"### {name}\n\n{table(settings([name]), done, args.baseline)}\n")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse and run; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.drift",
+        description=benchmarks.drift.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    one = commands.add_parser("prepare", help="tokenise data sets and cut the model down")
+    one.add_argument("--model", type=Path, required=True, help="directory of a BERT")
+    one.add_argument("--source", type=Path, required=True, nargs="+", help="data sets")
+    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--layers", type=int, default=2)
+    one.set_defaults(run=_prepare)
+
+    one = commands.add_parser("grid", help="run the settings of tables side by side")
+    one.add_argument("tables", nargs="+", choices=TABLES, metavar="NAME", help=", ".join(TABLES))
+    one.add_argument("--data", type=Path, required=True, help="what prepare wrote")
+    one.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
+    one.add_argument("--gpus", type=int, default=1, help="0: on the CPU")
+    one.add_argument("--workers", type=int, default=6, help="processes in all")
+    one.add_argument("--deadline", type=float, default=1e9, help="seconds from now")
+    one.add_argument("--only", help="settings whose 'set label' contains this")
+    one.add_argument("--seeds", type=int, nargs="+", help="these alone")
+    one.set_defaults(run=_grid)
+
+    one = commands.add_parser("one", help="run one setting here and print its row")
+    one.add_argument("setting", help="JSON: what differs from the central setting, and data")
+    one.add_argument("--data", type=Path, required=True, help="what prepare wrote")
+    one.add_argument("--device", default="cuda")
+    one.add_argument("--out", type=Path, help="JSON lines, appended to")
+    one.set_defaults(run=_one)
+
+    one = commands.add_parser("table", help="print tables from rows")
+    one.add_argument("tables", nargs="+", choices=TABLES, metavar="NAME", help=", ".join(TABLES))
+    one.add_argument("--rows", type=Path, required=True, nargs="+")
+    one.add_argument("--baseline", default=BASELINE, help="label; default %(default)s")
+    one.set_defaults(run=_table)
+
+    args = parser.parse_args(arguments)
+    return args.run(args)
