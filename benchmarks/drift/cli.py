@@ -37,9 +37,9 @@ def _grid(args: argparse.Namespace) -> int:
 def _one(args: argparse.Namespace) -> int:
     import torch
 
-    from benchmarks.drift.run import run
+    from benchmarks.drift.run import run, set_up
 
-    torch.set_float32_matmul_precision("high")
+    set_up()
     setting = Setting(**json.loads(args.setting))
     row = run(setting, args.data, torch.device(args.device), {})
     if args.out:

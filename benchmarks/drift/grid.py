@@ -194,10 +194,10 @@ def serve(pipe: Connection, data: Path, device_name: str) -> None:
     """A worker: settings come in, rows go out, until the pipe is closed."""
     import torch
 
-    from benchmarks.drift.run import run
+    from benchmarks.drift.run import run, set_up
 
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("high")
+    set_up()
     device = torch.device(device_name)
     cache: dict = {}
     while True:

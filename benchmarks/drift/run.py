@@ -159,6 +159,14 @@ class Run:
             self.update(update)
 
 
+def set_up() -> None:
+    """Choose the kernels of this process, once."""
+    # TF32 for scores; what is sensitive is done in float64, the search of an evaluation in fp32.
+    torch.set_float32_matmul_precision("high")
+    # cuDNN's attention plans anew for every shape, and texts come in many.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def run(setting: Setting, directory: Path, device: torch.device, cache: dict) -> dict[str, Any]:
     """Train and evaluate.
 

@@ -4,15 +4,15 @@ Ages are in updates. Kinds of vectors: queries, and passages (positives and hard
 compared with their own, then averaged).
 
     residual_*     truth: mean |vector as the loss sees it - re-encoded now| over a sample of slots,
-                   relative to the spread of the re-encoded ones (root mean squared distance from
-                   their mean); at age 0 it is what dropout does
+                   relative to the spread of this update's vectors (root mean squared distance
+                   from their mean); at age 0 it is what dropout does
     systematic_*   truth: the norm of the mean residual, on the same scale
     score_gap      cheap: mean score of fresh queries with banked passages of that age, less that
                    with the update's own passages, in standard deviations of the latter
     mass           cheap: softmax mass of banked columns of that age relative to a uniform share of
                    the banked columns' mass: above 1 they are found harder than the bank's average
-    shift_*        cheap: norm of the difference of the raw update means, now and then, relative to
-                   the spread of this update's vectors
+    shift_*        cheap: norm of the difference of the raw update means, now and then, on the
+                   same scale
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Staleness:
         """
         history = self.context.history
         size = history.update_size
-        oldest = history.view(update).stop - history.capacity  # falls out last in this update
-        ages = [a for a in AGES if a <= update and (update - a + 1) * size > max(0, oldest)]
+        oldest = history.view(update).start // size
+        ages = [age for age in AGES if update - age >= oldest]
         k, n = queries.shape[:2]
         fresh = torch.cat([queries[:, :, None], passages], 2).flatten(0, 1)  # (Kn, 1 + m, d)
         by_age = [self._at_age(update, age, fresh, view, k, n) for age in ages]
@@ -80,8 +80,7 @@ class Staleness:
         first = (update - age) * history.update_size
         # Of the update's own slots the last micro-batch sees all but its own.
         stop = min(first + history.update_size, history.view(update).stop - n)
-        start = max(first, history.view(update).stop - n - history.capacity)
-        slots = np.arange(start, stop)
+        slots = np.arange(max(first, history.view(update).start), stop)
         slots = slots[:: max(1, len(slots) // _SAMPLE)][:_SAMPLE]
         offset = history.view(update).start
         where = torch.from_numpy(slots - offset).to(self.context.device)
@@ -89,10 +88,10 @@ class Staleness:
         queries, passages = self.context.encode_slots(slots)
         truth = torch.cat([queries[:, None], passages], 1)
         residual = seen - truth
-        spread = _spread(truth)
+        spread = _spread(fresh)
         away = residual.norm(dim=-1).mean(0) / spread
         systematic = residual.mean(0).norm(dim=-1) / spread
-        shift = (self.means[update] - self.means[update - age]).norm(dim=-1) / _spread(fresh)
+        shift = (self.means[update] - self.means[update - age]).norm(dim=-1) / spread
         scores = self.scale * fresh[:, 0] @ fresh[:, 1:].flatten(0, 1).T  # (Kn, Kn m)
         own = torch.eye(len(fresh), device=fresh.device).bool().repeat_interleave(
             fresh.shape[1] - 1, 1
@@ -110,17 +109,16 @@ class Staleness:
     def _mass(
         self, update: int, queries: Tensor, view: BankView, ages: list[int], k: int, n: int
     ) -> Tensor:
-        """(ages, 1), over the last micro-batch's queries and its bank."""
-        history = self.context.history
-        stop = history.view(update).stop - n
-        start = max(history.view(update).start, stop - history.capacity)
-        offset = history.view(update).start
-        passages = view.seen(slice(start - offset, stop - offset), k - 1)[:, 1:]
+        """(ages, 1), over the last micro-batch's queries and all slots but its own."""
+        slots = self.context.history.view(update)
+        banked = slice(0, slots.stop - slots.start - n)
+        passages = view.seen(banked, k - 1)[:, 1:]
         scores = self.scale * torch.einsum("nd,jmd->njm", queries[-n:], passages)
         if view.bias is not None:
-            scores = scores + view.bias[start - offset : stop - offset, None]
+            scores = scores + view.bias[banked, None]
         share = scores.flatten(1).softmax(1).view_as(scores).sum(2).mean(0)  # (slots,)
-        age = update - torch.arange(start, stop, device=queries.device) // history.update_size
+        number = torch.arange(slots.start, slots.stop - n, device=queries.device)
+        age = update - number // self.context.history.update_size
         chosen = age[:, None] == torch.tensor(ages, device=queries.device)  # (slots, ages)
         counts = chosen.sum(0)
         return (share @ chosen.to(share) / counts * len(age))[:, None]

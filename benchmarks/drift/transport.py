@@ -49,7 +49,8 @@ class Displacement:
         self.probes = torch.nn.functional.normalize(old, dim=1)
         gram = centred @ centred.T if kernel == "linear" else self._similarity(self.probes)
         strength = ridge * gram.trace() / len(old)
-        factor, _ = torch.linalg.cholesky_ex(gram + strength * torch.eye(len(old)).to(gram))
+        identity = torch.eye(len(old), dtype=gram.dtype, device=gram.device)
+        factor, _ = torch.linalg.cholesky_ex(gram + strength * identity)
         weights = torch.cholesky_solve(moved - self.shift, factor)  # (R, d)
         self.weights = centred.T @ weights if kernel == "linear" else weights
 
