@@ -93,6 +93,20 @@ def test_a_worker_that_dies_is_told_and_replaced(data, tmp_path, monkeypatch):
     assert second["setting"]["seed"] == 2 and "error" not in second
 
 
+def test_a_grid_gives_up_when_every_worker_dies(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.drift.grid._DEATHS", 1)
+    settings = [tiny(seed) for seed in (1, 2, 3)]
+    for setting in settings:
+        object.__setattr__(setting, "options", {"bomb": Bomb()})
+    monkeypatch.setattr("benchmarks.drift.grid._failure", lambda setting, error: {
+        "key": setting.key, "label": "", "setting": vars(tiny(1)), "error": error})  # fmt: skip
+    monkeypatch.setattr(Forecast, "seconds", lambda self, setting: None)
+    monkeypatch.setattr(Setting, "key", property(lambda self: f"{self.seed}"))
+    out = tmp_path / "rows.jsonl"
+    assert run_grid(settings, Grid(data, out, gpus=0, workers=1, deadline=120)) == 3
+    assert len(rows.read(out)) == 1
+
+
 class Bomb:
     def __reduce__(self):
         import os

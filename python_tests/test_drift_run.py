@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -250,3 +251,17 @@ def test_every_correction_has_a_run(prepared):
         few = {key: min(value, 2) if key == "batches" else value for key, value in options.items()}
         setting = tiny(bank=16, correction=name, options=few, updates=4)
         assert run(setting, prepared[0], CPU, cache)["loss_finite"], setting.label
+
+
+def test_no_update_asks_the_device_for_a_number(prepared, monkeypatch):
+    """Tensors without values, on another device than the CPU: a wait or a mixture raises."""
+    from benchmarks.drift.tables import IDEAS
+
+    meta, adamw = torch.device("meta"), torch.optim.AdamW
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, fused: adamw(groups, lr=lr))
+    monkeypatch.setattr("benchmarks.drift.staleness.Staleness.measure", lambda *_: {})
+    for name, options in IDEAS:
+        few = {key: min(value, 2) if key == "batches" else value for key, value in options.items()}
+        setting = tiny(bank=16, correction=name, options=few, updates=4, start="random")
+        Run(setting, load(prepared[0], setting, meta), prepared[0] / "model", meta).train()

@@ -26,6 +26,8 @@ from benchmarks.drift.settings import Setting, from_row
 
 _MARGIN = 1.15  # a run is taken to last this many times its estimate
 _POLL = 0.5  # seconds
+_DEATHS = 3  # of each worker, one after the other, and the grid gives up: there is no such GPU
+_PATIENCE = 10  # seconds that a worker has to end
 
 
 @dataclass(frozen=True)
@@ -110,15 +112,17 @@ def run_grid(settings: Sequence[Setting], grid: Grid) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     workers = [_start(grid, number) for number in range(min(grid.workers, len(pending)))]
     forecast = Forecast(list(done.values()))
-    succeeded = 0
+    succeeded = deaths = 0
     total = len(pending)
 
     try:
         while True:
             left = grid.deadline - (time.monotonic() - began)
+            if left <= 0 or deaths >= _DEATHS * len(workers):
+                break
             _hand_out(workers, pending, forecast, left)
             busy = [worker for worker in workers if worker.setting]
-            if not busy or left <= 0:
+            if not busy:
                 break
             for pipe in wait([worker.pipe for worker in busy], min(_POLL, left)):
                 worker = next(w for w in busy if w.pipe is pipe)
@@ -126,6 +130,7 @@ def run_grid(settings: Sequence[Setting], grid: Grid) -> int:
                 rows.append(grid.out, row)
                 forecast.learn(row)
                 succeeded += "error" not in row
+                deaths = deaths + 1 if row.get("fatal") else 0
                 left = grid.deadline - (time.monotonic() - began)
                 _say(f"{succeeded}/{total} {_told(row)}, {left:.0f} s left")
                 if not worker.process.is_alive():
@@ -136,7 +141,9 @@ def run_grid(settings: Sequence[Setting], grid: Grid) -> int:
                 _say(f"stopped: {worker.setting.data} {worker.setting.label}")
             worker.process.terminate()
         for worker in workers:
-            worker.process.join()
+            worker.process.join(_PATIENCE)
+            if worker.process.is_alive():
+                worker.process.kill()
     return total - succeeded
 
 
@@ -160,7 +167,7 @@ def _hand_out(
             continue
         for setting in pending:
             seconds = forecast.seconds(setting)
-            if left > 0 and (seconds is None or seconds * _MARGIN <= left):
+            if seconds is None or seconds * _MARGIN <= left:
                 pending.remove(setting)
                 worker.setting, worker.started = setting, time.monotonic()
                 worker.pipe.send(setting)
@@ -176,6 +183,7 @@ def _collect(worker: _Worker) -> rows.Row:
     except (EOFError, OSError):
         worker.process.join()
         row = _failure(setting, f"the process ended with {worker.process.exitcode}")
+        row["fatal"] = True
     if row.get("fatal"):
         worker.process.join()
     return row
