@@ -29,6 +29,7 @@ class Packed:
     position: Tensor  # (T,) int64, within the text
     text: Tensor  # (T,) int64, of B
     lengths: Tensor  # (B,) int64
+    starts: Tensor  # (B + 1,) int32, of the texts in T, and T
     longest: int  # rounded up; known to the host, so that nothing waits for the device
 
 
@@ -63,10 +64,11 @@ class Texts:
         total = int(lengths.sum())
         start, kept, last = self._table[:, upload(ids, self._device)]
         text = torch.repeat_interleave(kept, output_size=total)
-        position = torch.arange(total, device=self._device) - (kept.cumsum(0) - kept)[text]
+        starts = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
+        position = torch.arange(total, device=self._device) - starts[text]
         source = torch.where(position == kept[text] - 1, last[text], start[text] + position)
         longest = -(-int(lengths.max()) // _BUCKET) * _BUCKET
-        return Packed(self._flat[source].long(), position, text, kept, longest)
+        return Packed(self._flat[source].long(), position, text, kept, starts.int(), longest)
 
     def chunks(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Packed]]:
         """`ids` by length, a bounded number of tokens at a time, with their places in `ids`."""

@@ -1,4 +1,4 @@
-"""A BERT encoder on packed texts: no work is done for padding, except inside of attention.
+"""A BERT encoder on packed texts: no work is done for padding, but for attention on a CPU.
 
 `transformers` computes the same (a test compares them); written anew because a run of a few
 seconds must not spend half of them on imports, padding and checks that wait for the device.
@@ -55,18 +55,41 @@ class _Layer(nn.Module):
         self.norm = nn.LayerNorm(d, eps)
         self.dropout = nn.Dropout(shape.hidden_dropout_prob)
 
-    def forward(self, x: Tensor, place: Tensor, real: Tensor) -> Tensor:
-        """x: (T, d); place: (T,) of each token in the padded (B, t); real: (B, 1, 1, t) bool."""
-        batch, _, _, t = real.shape
-        d = x.shape[1]
-        qkv = self.qkv(x)
-        padded = qkv.new_zeros(batch * t, 3 * d).index_copy_(0, place, qkv)
-        q, k, v = padded.view(batch, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+    def forward(self, x: Tensor, texts: Packed) -> Tensor:
+        """x: (T, d)."""
+        heads = self.qkv(x).view(len(x), 3, self.heads, -1)
         dropout = self.attention_dropout if self.training else 0.0
-        context = functional.scaled_dot_product_attention(q, k, v, real, dropout)
-        context = context.transpose(1, 2).reshape(batch * t, d).index_select(0, place)
+        attend = _attend_packed if heads.is_cuda and heads.dtype == torch.bfloat16 else _attend
+        q, k, v = heads.unbind(1)
+        context = attend(q, k, v, texts, dropout).flatten(1)
         x = self.attended_norm(x + self.dropout(self.attended(context)))
         return self.norm(x + self.dropout(self.down(functional.gelu(self.up(x)))))
+
+
+def _attend_packed(q: Tensor, k: Tensor, v: Tensor, texts: Packed, dropout: float) -> Tensor:
+    """(T, heads, d / heads) each. Flash attention by its ATen op: the public ones for packed
+    texts know no dropout.
+    """
+    starts, longest = texts.starts, texts.longest
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, starts, starts, longest, longest, dropout, False, False
+    )[0]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, texts: Packed, dropout: float) -> Tensor:
+    """The same through padding."""
+    batch, t = len(texts.lengths), texts.longest
+    place = texts.text * t + texts.position  # (T,) of each token in the padded (B, t)
+    real = torch.arange(t, device=place.device) < texts.lengths[:, None]
+
+    def padded(x: Tensor) -> Tensor:  # (B, heads, t, d / heads)
+        rows = x.new_zeros(batch * t, *x.shape[1:]).index_copy_(0, place, x)
+        return rows.unflatten(0, (batch, t)).transpose(1, 2)
+
+    context = functional.scaled_dot_product_attention(
+        padded(q), padded(k), padded(v), real[:, None, None], dropout
+    )
+    return context.transpose(1, 2).flatten(0, 1).index_select(0, place)
 
 
 class Encoder(nn.Module):
@@ -91,24 +114,22 @@ class Encoder(nn.Module):
 
     def forward(self, texts: Packed) -> Tensor:
         """(B, d) fp32, also under autocast."""
-        batch, t = len(texts.lengths), texts.longest
-        place = texts.text * t + texts.position
-        real = torch.arange(t, device=place.device) < texts.lengths[:, None]
+        batch = len(texts.lengths)
         # Not by calling nn.Embedding: its backward pass sorts the tokens, this one adds in place.
         words = self.words.weight.index_select(0, texts.tokens)
         x = words + self.positions.weight.index_select(0, texts.position) + self.segment
         x = self.dropout(self.norm(x))
         for layer in self.layers:
-            x = layer(x, place, real[:, None, None])
+            x = layer(x, texts)
         sums = torch.zeros(batch, self.dim, device=x.device).index_add_(0, texts.text, x.float())
         pooled = sums / texts.lengths[:, None]
         return functional.normalize(pooled, dim=-1) if self.normalize else pooled
 
     @torch.no_grad()
-    def encode(self, texts: Texts, ids: np.ndarray, bf16: bool) -> Tensor:
-        """(len(ids), d) without dropout and without gradient; each text is encoded once."""
+    def encode(self, texts: Texts, ids: np.ndarray, bf16: bool, dropout: bool = False) -> Tensor:
+        """(len(ids), d) without gradient; each text is encoded once."""
         training = self.training
-        self.eval()
+        self.train(dropout)
         unique, inverse = np.unique(ids, return_inverse=True)
         device = self.words.weight.device
         found = torch.empty(len(unique), self.dim, device=device)
