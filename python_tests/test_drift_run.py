@@ -15,11 +15,11 @@ from transformers import AutoModel, AutoTokenizer
 
 from benchmarks.drift import methods
 from benchmarks.drift.data import draw, load
-from benchmarks.drift.encoder import build
+from benchmarks.drift.encoder import _attend, _attend_packed, build
 from benchmarks.drift.evaluate import ndcg, recall, search
 from benchmarks.drift.loss import update_loss
 from benchmarks.drift.prepare import prepare
-from benchmarks.drift.run import Run, run
+from benchmarks.drift.run import Run, run, traced
 from benchmarks.drift.settings import Setting
 
 CPU = torch.device("cpu")
@@ -145,7 +145,7 @@ def test_a_run_learns_and_gives_a_row_that_json_holds(prepared, setting):
     assert json.loads(json.dumps(row, allow_nan=False)) == row
     assert row["key"] == setting.key and row["updates"] == 20 and row["loss_finite"]
     assert 0 <= row["valid_ndcg10"] <= 1 and 0 < row["test_recall20"] <= 1
-    assert len(row["trace"]) == (0 if not setting.bank else 10)
+    assert len(row["trace"]) == (0 if not setting.bank else 20)
     start = run(replace(setting, learning_rate=0.0), prepared[0], CPU, cache)
     assert row["loss_final"] < start["loss_final"]
 
@@ -168,7 +168,9 @@ def test_a_trace_tells_age_and_staleness(prepared):
     }
     for line in lines.values():
         assert line["ages"] == [0, 1, 2, 4]
-        assert all(len(line[name]) == 4 for name in ("score_gap", "mass", "shift_query"))
+        names = ("score_gap", "score_spread", "hardness", "mass", "shift_query")
+        assert all(len(line[name]) == 4 for name in names)
+        assert line["window"] == 4.5  # 32 slots and half of the update's 8
         assert line["residual_query"][0] == pytest.approx(0, abs=1e-4)  # fp32
         assert line["shift_query"][0] == 0
     none = lines["none"]["residual_query"]
@@ -181,6 +183,56 @@ def test_a_trace_tells_age_and_staleness(prepared):
                 line[f"residual_{kind}"], line[f"systematic_{kind}"], strict=True
             ):
                 assert part <= whole + 1e-5
+
+
+def test_scores_with_old_passages_are_told_by_mean_deviation_and_weight(prepared):
+    """Old passages that fresh queries score like fresh ones, but doubled, less, or both."""
+    setting = tiny(bank=16, dropout=0.0)
+    one = Run(setting, load(prepared[0], setting, CPU), prepared[0] / "model", CPU)
+    for update in range(2):
+        one.update(update)
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.zeros(2, 4, 16)
+    queries[..., 0] = 1.0
+    passages = torch.randn(2, 4, 2, 16, generator=generator)
+    history, fresh = one.correction.history, passages.flatten(0, 1)
+    history.passages[8:16], history.passages[:8] = fresh, 2 * fresh - 3  # ages 0 and 1
+    found = one.staleness.measure(1, queries, passages, one.correction.before_loss(1))
+    scores = fresh[..., 0].flatten().double()  # of any query: all are alike
+    mean, spread = scores.mean(), scores.std(correction=0)
+    assert found["score_gap"][1] == pytest.approx(((mean - 3) / spread).item(), rel=1e-2)
+    assert found["score_spread"][1] == pytest.approx(2, abs=1e-2)  # they divide by other counts
+    others = [torch.cat([scores[: 2 * i], scores[2 * i + 2 :]]) for i in range(8)]  # not its own
+    easy = torch.stack([(20 * x).logsumexp(0) for x in others]).mean() - math.log(14)
+    hard = (20 * (2 * scores - 3)).logsumexp(0) - math.log(16)
+    assert found["hardness"][1] == pytest.approx((hard - easy).item(), abs=1e-3)
+
+
+def test_a_trace_is_dense_at_first_and_ends_with_the_last_update():
+    assert traced(120) == {1, 2, 4, 8, *range(9, 120, 10), 119}
+    assert traced(5) == {0, 1, 2, 3, 4}
+
+
+def test_dropout_is_drawn_where_asked_for_and_the_mode_is_kept(prepared):
+    data = load(prepared[0], tiny(), CPU)
+    encoder = build(prepared[0] / "model", tiny(dropout=0.5)).passage
+    ids = np.arange(6)
+    for mode in (True, False):
+        encoder.train(mode)
+        plain = encoder.encode(data.corpus, ids, bf16=False)
+        torch.testing.assert_close(encoder.encode(data.corpus, ids, bf16=False), plain)
+        assert (encoder.encode(data.corpus, ids, False, dropout=True) - plain).abs().max() > 0.01
+        assert encoder.training == mode
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="packed attention is CUDA's")
+def test_packed_attention_computes_what_padding_computes(prepared):
+    cuda = torch.device("cuda")
+    packed = load(prepared[0], tiny(), cuda).corpus.pack(np.array([5, 0, 31, 7]))
+    qkv = torch.randn(3, len(packed.tokens), 2, 8, device=cuda, dtype=torch.bfloat16)
+    found = [f(*qkv, packed, 0.0).float() for f in (_attend_packed, _attend)]
+    # bf16 outputs of order 1 from different orders of summation.
+    torch.testing.assert_close(*found, rtol=0, atol=2**-6)
 
 
 def test_mass_is_relative_to_a_uniform_share(prepared):
@@ -243,11 +295,11 @@ def test_a_model_with_fewer_layers_is_refused(prepared):
 
 def test_every_correction_has_a_run(prepared):
     """Two updates after the bank has filled, with the options that the tables use."""
-    from benchmarks.drift.tables import IDEAS
+    from benchmarks.drift.tables import GUARDS, IDEAS
 
-    assert {name for name, _ in IDEAS} == set(methods.CORRECTIONS)
+    assert {name for name, _ in IDEAS + GUARDS} == set(methods.CORRECTIONS)
     cache: dict = {}
-    for name, options in IDEAS:
+    for name, options in IDEAS + GUARDS:
         few = {key: min(value, 2) if key == "batches" else value for key, value in options.items()}
         setting = tiny(bank=16, correction=name, options=few, updates=4)
         assert run(setting, prepared[0], CPU, cache)["loss_finite"], setting.label
@@ -255,13 +307,13 @@ def test_every_correction_has_a_run(prepared):
 
 def test_no_update_asks_the_device_for_a_number(prepared, monkeypatch):
     """Tensors without values, on another device than the CPU: a wait or a mixture raises."""
-    from benchmarks.drift.tables import IDEAS
+    from benchmarks.drift.tables import GUARDS, IDEAS
 
     meta, adamw = torch.device("meta"), torch.optim.AdamW
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, fused: adamw(groups, lr=lr))
     monkeypatch.setattr("benchmarks.drift.staleness.Staleness.measure", lambda *_: {})
-    for name, options in IDEAS:
+    for name, options in IDEAS + GUARDS:
         few = {key: min(value, 2) if key == "batches" else value for key, value in options.items()}
         setting = tiny(bank=16, correction=name, options=few, updates=4, start="random")
         Run(setting, load(prepared[0], setting, meta), prepared[0] / "model", meta).train()
