@@ -37,8 +37,8 @@ class World:
         self.context = Context(
             self.history,
             self.draws,
-            lambda ids: move(self.queries[ids], self.now),
-            lambda ids: move(self.passages[ids], self.now),
+            lambda ids, _: move(self.queries[ids], self.now),
+            lambda ids, _: move(self.passages[ids], self.now),
             False,
             1,
             torch.device("cpu"),

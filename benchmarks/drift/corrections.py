@@ -50,16 +50,17 @@ class Context:
 
     history: History
     draws: Draws
-    encode_queries: Callable[[np.ndarray], Tensor]  # training queries, by the weights as they are
-    encode_passages: Callable[[np.ndarray], Tensor]
+    # Training queries, and passages, by the weights as they are; the second argument: dropout
+    encode_queries: Callable[[np.ndarray, bool], Tensor]
+    encode_passages: Callable[[np.ndarray, bool], Tensor]
     normalized: bool  # vectors have length 1
     seed: int
     device: torch.device
 
-    def encode_slots(self, slots: np.ndarray) -> tuple[Tensor, Tensor]:
-        """(S, d) and (S, m, d), without dropout."""
-        queries = self.encode_queries(self.draws.queries[slots])
-        return queries, self.encode_passages(self.draws.passages[slots])
+    def encode_slots(self, slots: np.ndarray, dropout: bool = False) -> tuple[Tensor, Tensor]:
+        """(S, d) and (S, m, d)."""
+        queries = self.encode_queries(self.draws.queries[slots], dropout)
+        return queries, self.encode_passages(self.draws.passages[slots], dropout)
 
 
 class Correction:
@@ -76,6 +77,10 @@ class Correction:
         queries, passages = self._now(update)
         return BankView(queries, passages, queries, passages)
 
+    def gradients(self, update: int, queries: Tensor, passages: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the loss with respect to (K, n, d) and (K, n, m, d), as they are to be used."""
+        return queries, passages
+
     def before_step(self, update: int) -> None:
         pass
 
@@ -88,12 +93,22 @@ class Correction:
 
 
 class Oracle(Correction):
-    """The whole bank, re-encoded by the weights of the update."""
+    """The whole bank, re-encoded by the weights of the update.
+
+    Args:
+        context: of the run.
+        dropout: re-encode with dropout, as the update's own vectors are.
+    """
+
+    def __init__(self, context: Context, dropout: bool = False) -> None:
+        super().__init__(context)
+        self.dropout = dropout
 
     def after_encode(self, update: int, queries: Tensor, passages: Tensor) -> None:
         bank = self.history.bank(update)
         if bank:
-            fresh_queries, fresh_passages = self.context.encode_slots(np.arange(*_ends(bank)))
+            slots = np.arange(*_ends(bank))
+            fresh_queries, fresh_passages = self.context.encode_slots(slots, self.dropout)
             self.history.queries[bank.start : bank.stop] = fresh_queries
             self.history.passages[bank.start : bank.stop] = fresh_passages
 

@@ -38,6 +38,7 @@ class BankView:
     shift: Tensor | None = None  # (K, 1 + m, d), of the query and of each kind of passage
     gain: Tensor | None = None  # (K, 1 + m, d)
     bias: Tensor | None = None  # (N,) added to scores with banked negatives of the slot
+    absent: Tensor | None = None  # (N,) bool: neither rows nor columns, as if not in the bank
 
     def seen(self, slots: slice | Tensor, k: int) -> Tensor:
         """(slots, 1 + m, d): query and passages as micro-batch k sees them."""
@@ -86,6 +87,8 @@ def update_loss(
         return (local.logsumexp(-1) - target_scores).mean()
 
     window = _Window(len(view.queries), k, n, shape.capacity, queries.device)
+    if view.absent is not None:
+        window.slots = window.slots & ~view.absent
     banked = _local_rows(queries, ids, view, window, shape)
     per_row = torch.cat([local, banked], -1).logsumexp(-1) - target_scores  # (K, n)
     banked_rows = _banked_rows(passages, ids, view, window, shape)  # (N, K)
@@ -174,6 +177,8 @@ def _banked_columns(
             scores += view.bias.repeat_interleave(m)
         if shape.mask:
             scores.masked_fill_(ids[rows, :1] == ids.reshape(-1), -math.inf)
+        if view.absent is not None:
+            scores.masked_fill_(view.absent.repeat_interleave(m), -math.inf)
         # Last: the target is neither masked nor biased.
         scores[torch.arange(len(rows), device=ids.device), rows * m] = target[rows]
         by_group = scores.view(len(rows), -1, window.n * m)[:, window.edges].logsumexp(-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.drift import corrections, transport
+from benchmarks.drift import corrections, guards, transport
 
 CORRECTIONS: dict[str, Callable[..., corrections.Correction]] = {
     "none": corrections.Correction,
@@ -14,8 +14,11 @@ CORRECTIONS: dict[str, Callable[..., corrections.Correction]] = {
     "moments": corrections.Moments,
     "age": corrections.Age,
     "refresh": corrections.Refresh,
+    "guard": guards.Guard,
+    "project": guards.Project,
     "transport": transport.Transport,
     "transport-batch": transport.TransportBatch,
+    "transport-mean": transport.TransportMean,
 }
 
 

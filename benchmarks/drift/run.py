@@ -21,7 +21,7 @@ from benchmarks.drift.loss import BankView, LossShape, update_loss
 from benchmarks.drift.settings import Setting
 from benchmarks.drift.staleness import Staleness
 
-_TRACES = 10  # lines in the trace of a run
+_TRACES = 12  # lines in the trace of a run, beside the early ones
 _LAST = 0.05  # share of the updates that the final loss is averaged over
 
 
@@ -49,6 +49,7 @@ class Run:
         self.optimizer = self._optimizer()
         self.losses = torch.zeros(self.updates, device=device)
         self.trace: list[dict[str, Any]] = []
+        self.traced = traced(self.updates)
         self.correction: Correction | None = None
         if setting.method == "bank":
             context = self._context()
@@ -80,8 +81,10 @@ class Run:
         return Context(
             history,
             self.draws,
-            lambda ids: towers.query.encode(self.data.queries["train"], ids, setting.bf16),
-            lambda ids: towers.passage.encode(self.data.corpus, ids, setting.bf16),
+            lambda ids, drop: towers.query.encode(
+                self.data.queries["train"], ids, setting.bf16, drop
+            ),
+            lambda ids, drop: towers.passage.encode(self.data.corpus, ids, setting.bf16, drop),
             setting.similarity == "cosine",
             setting.seed,
             self.device,
@@ -136,7 +139,10 @@ class Run:
             slots = self.correction.history.view(update)
         leaves = queries.requires_grad_(), passages.requires_grad_()
         loss = update_loss(*leaves, self.ids[slots], view, self.shape)
-        return loss.detach(), torch.autograd.grad(loss, leaves)
+        gradients = torch.autograd.grad(loss, leaves)
+        if self.correction:
+            gradients = self.correction.gradients(update, *gradients)
+        return loss.detach(), gradients
 
     @torch.no_grad()
     def _bank(self, update: int, queries: Tensor, passages: Tensor) -> BankView | None:
@@ -148,8 +154,7 @@ class Run:
         self.correction.after_encode(update, queries, passages)
         self.staleness.record(update, queries, passages)
         view = self.correction.before_loss(update)
-        every = max(1, self.updates // _TRACES)
-        if update % every == every - 1 or update == self.updates - 1:
+        if update in self.traced:
             self.trace.append(self.staleness.measure(update, queries, passages, view))
         return view
 
@@ -157,6 +162,13 @@ class Run:
         """All updates; nothing in between waits for the device, but for a line of the trace."""
         for update in range(self.updates):
             self.update(update)
+
+
+def traced(updates: int) -> set[int]:
+    """The updates that have a line in the trace: evenly spread, closer at first, and the last."""
+    every = max(1, updates // _TRACES)
+    even = set(range(every - 1, updates, every)) | {updates - 1}
+    return even | {early for early in (1, 2, 4, 8, 16, 24, 32) if early < every}
 
 
 def set_up() -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.drift.corrections import Context, Correction
+from benchmarks.drift.corrections import Context, Correction, Mean
+from benchmarks.drift.loss import BankView
 
 _KERNELS = ("linear", "exp", "mean")
 
@@ -57,6 +58,10 @@ class Displacement:
     def _similarity(self, directions: Tensor) -> Tensor:
         return ((directions @ self.probes.to(directions).T - 1) / self.width).exp()
 
+    def linear(self, differences: Tensor) -> Tensor:
+        """(..., d): what becomes of differences of vectors, by the linear kernel."""
+        return differences + differences @ self.weights.to(differences.dtype)
+
     def __call__(self, vectors: Tensor) -> Tensor:
         """(..., d) moved."""
         kind = vectors.dtype
@@ -79,6 +84,8 @@ class Transport(Correction):
         kernel: "linear", "exp" or "mean".
         width: of "exp".
         renormalize: bring moved vectors back to length 1, where vectors have it.
+        keep: score banked vectors among themselves as they were when they were enqueued, as an op
+            does that keeps such scores in a table; otherwise as they are after all moves.
     """
 
     def __init__(
@@ -89,6 +96,7 @@ class Transport(Correction):
         kernel: str = "linear",
         width: float = 0.1,
         renormalize: bool = True,
+        keep: bool = False,
     ) -> None:
         super().__init__(context)
         if kernel not in _KERNELS:
@@ -96,6 +104,12 @@ class Transport(Correction):
         self.ridge, self.kernel, self.width = ridge, kernel, width
         self.renormalize = renormalize and context.normalized
         self.old: tuple[Tensor, Tensor] | None = None
+        history = self.history
+        self.kept = (
+            (torch.zeros_like(history.queries), torch.zeros_like(history.passages))
+            if keep
+            else (history.queries, history.passages)
+        )
         self.choose(probes)
 
     def choose(self, probes: int) -> None:
@@ -108,29 +122,42 @@ class Transport(Correction):
         self.query_probes = generator.permutation(queries)[:probes]
         self.passage_probes = generator.permutation(passages)[:probes]
 
+    def after_encode(self, update: int, queries: Tensor, passages: Tensor) -> None:
+        own = slice(self.history.bank(update).stop, self.history.view(update).stop)
+        self.kept[0][own] = self.history.queries[own]
+        self.kept[1][own] = self.history.passages[own]
+
+    def before_loss(self, update: int) -> BankView:
+        slots = self.history.view(update)
+        return BankView(*self._now(update), self.kept[0][slots], self.kept[1][slots])
+
     def before_step(self, update: int) -> None:
         if self.old is None:
             self.old = self._probe(update)
 
     def after_step(self, update: int) -> None:
-        assert self.old is not None
-        new = self._probe(update)
         bank = self.history.bank(update + 1)
-        for old_probes, new_probes, vectors in zip(
-            self.old, new, (self.history.queries, self.history.passages), strict=True
-        ):
-            field = Displacement(old_probes, new_probes, self.kernel, self.ridge, self.width)
+        banked = (self.history.queries, self.history.passages)
+        for field, vectors in zip(self.fields(update), banked, strict=True):
             moved = field(vectors[bank.start : bank.stop])
             if self.renormalize:
                 moved = torch.nn.functional.normalize(moved, dim=-1)
             vectors[bank.start : bank.stop] = moved
-        self.old = new
+
+    def fields(self, update: int) -> list[Displacement]:
+        """What the step did to queries and to passages; asked for once after each step."""
+        assert self.old is not None
+        old, self.old = self.old, self._probe(update)
+        return [
+            Displacement(before, now, self.kernel, self.ridge, self.width)
+            for before, now in zip(old, self.old, strict=True)
+        ]
 
     def _probe(self, update: int) -> tuple[Tensor, Tensor]:
         """(R, d) queries and (R', d) passages by the weights as they are."""
         return (
-            self.context.encode_queries(self.query_probes),
-            self.context.encode_passages(self.passage_probes),
+            self.context.encode_queries(self.query_probes, False),
+            self.context.encode_passages(self.passage_probes, False),
         )
 
 
@@ -150,3 +177,28 @@ class TransportBatch(Transport):
         end = self.history.bank(update + 1).stop
         queries, passages = self.context.encode_slots(np.arange(end - self.slots, end))
         return queries, passages.flatten(0, 1)
+
+
+class TransportMean(Mean):
+    """Follows the running mean as `Mean` does, and turns what a vector has beyond it by probes.
+
+    The mean is that of training's own vectors, right by definition whatever the probes do; the
+    probes of `Transport` say how differences from it change, linearly.
+    """
+
+    def __init__(
+        self, context: Context, probes: int = 64, ridge: float = 0.1, decay: float = 0.9
+    ) -> None:
+        super().__init__(context, decay)
+        self.probe = Transport(context, probes, ridge)
+
+    def before_step(self, update: int) -> None:
+        self.probe.before_step(update)
+
+    def after_step(self, update: int) -> None:
+        bank = self.history.bank(update + 1)
+        slots = slice(bank.start, bank.stop)
+        for kind, field in zip(
+            (slice(0, 1), slice(1, None)), self.probe.fields(update), strict=True
+        ):
+            self.centred[slots, kind] = field.linear(self.centred[slots, kind])
