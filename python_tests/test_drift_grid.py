@@ -143,7 +143,7 @@ def test_a_table_aggregates_over_seeds_and_compares_pairs():
     values = [0.4, 0.5, 0.1, 0.6, 0.9]  # the last setting has one seed only
     done = {s.key: row(s, ndcg, 2.0) for s, ndcg in zip(settings, values, strict=False)}
     baseline = settings[0].label
-    lines = table(settings, done, baseline).splitlines()
+    lines = table(settings, done, "inbatch").splitlines()
     assert lines[0] == "tiny"
     cells = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
@@ -151,8 +151,17 @@ def test_a_table_aggregates_over_seeds_and_compares_pairs():
     }
     assert cells[baseline][0] == "0.5000 ± 0.1000"
     expected = ["0.7000 ± 0.2000", "0.8000 ± 0.2000", "0.9000 ± 0.2000", "+0.2000 ± 0.1000"]
-    assert cells[settings[1].label] == [*expected, "2", "2"]
-    assert cells[settings[2].label] == ["0.1000", "0.2000", "0.3000", "-0.3000", "1", "2"]
+    assert cells[settings[1].label] == [*expected, "2"]
+    # Nothing to compare it with: there is no in-batch row at its clipping.
+    assert cells[settings[2].label] == ["0.1000", "0.2000", "0.3000", "-", "1"]
+
+
+def test_a_table_compares_like_with_like_and_leaves_out_what_was_not_run():
+    settings = [tiny(method=m, clip=c) for c in (2.0, 1.0) for m in ("inbatch", "gradaccum")]
+    done = {s.key: row(s, x) for s, x in zip(settings, (0.4, 0.5, 0.7, 0.75), strict=True)}
+    lines = table([*settings, tiny(clip=3.0)], done, "inbatch").splitlines()
+    assert len(lines) == 4 + 4
+    assert "+0.1000" in lines[5] and "+0.0500" in lines[7]
 
 
 def test_settings_have_hashes_and_labels():
@@ -171,8 +180,8 @@ def test_tables_are_unique_and_lead_with_what_matters():
         labels = {setting.label.split()[0] for setting in found}
         assert {"inbatch", "gradaccum", "bank"} == labels
     central = tables.settings(["central"])
-    assert len(central) == 2 * 3 * 11
-    assert [s.seed for s in central[:18]] == [1] * 18
+    assert len(central) == 2 * 5 * 14
+    assert [s.seed for s in central[:28]] == [1] * 28
     assert len(tables.settings(["central", "central"])) == len(central)
     with pytest.raises(ValueError, match=r"table: expected one of central.* got 'nothing'"):
         tables.settings(["nothing"])

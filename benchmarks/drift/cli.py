@@ -30,6 +30,8 @@ def _grid(args: argparse.Namespace) -> int:
         if (not args.only or args.only in f"{setting.data} {setting.label}")
         and (not args.seeds or setting.seed in args.seeds)
     ]
+    if args.seeds:
+        chosen.sort(key=lambda setting: args.seeds.index(setting.seed))
     grid = Grid(args.data, args.out, args.gpus, args.workers, args.deadline)
     return 1 if run_grid(chosen, grid) else 0
 
@@ -49,12 +51,24 @@ def _one(args: argparse.Namespace) -> int:
 
 
 def _table(args: argparse.Namespace) -> int:
-    done: dict[str, rows.Row] = {}
-    for path in args.rows:
-        done |= rows.finished(path)
+    done = _read(args.rows)
     for name in args.tables:
         print(f"### {name}\n\n{table(settings([name]), done, args.baseline)}\n")
     return 0
+
+
+def _figure(args: argparse.Namespace) -> int:
+    from benchmarks.drift.figure import figure
+
+    figure(list(_read(args.rows).values()), args.out)
+    return 0
+
+
+def _read(paths: list[Path]) -> dict[str, rows.Row]:
+    done: dict[str, rows.Row] = {}
+    for path in paths:
+        done |= rows.finished(path)
+    return done
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("--workers", type=int, default=6, help="processes in all")
     one.add_argument("--deadline", type=float, default=1e9, help="seconds from now")
     one.add_argument("--only", help="settings whose 'set label' contains this")
-    one.add_argument("--seeds", type=int, nargs="+", help="these alone")
+    one.add_argument("--seeds", type=int, nargs="+", help="these alone, one after the other")
     one.set_defaults(run=_grid)
 
     one = commands.add_parser("one", help="run one setting here and print its row")
@@ -96,6 +110,11 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("--rows", type=Path, required=True, nargs="+")
     one.add_argument("--baseline", default=BASELINE, help="label; default %(default)s")
     one.set_defaults(run=_table)
+
+    one = commands.add_parser("figure", help="draw how the shortcut forms")
+    one.add_argument("--rows", type=Path, required=True, nargs="+")
+    one.add_argument("--out", type=Path, required=True, help="PNG")
+    one.set_defaults(run=_figure)
 
     args = parser.parse_args(arguments)
     return args.run(args)

@@ -44,33 +44,36 @@ def table(settings: Sequence[Setting], done: dict[str, rows.Row], baseline: str)
 
     Args:
         settings: of the table; their order is that of the lines.
-        done: rows by key.
-        baseline: the label that differences are taken to.
+        done: rows by key; settings that have none in any seed are left out.
+        baseline: the label that differences are taken to, in the same varied setting.
     """
     parts = []
     for data in dict.fromkeys(setting.data for setting in settings):
         by_label: dict[str, list[rows.Row]] = {}
+        compared: dict[str, str] = {}
         for setting in settings:
             if setting.data == data:
                 found = by_label.setdefault(setting.label, [])
+                compared[setting.label] = f"{baseline} {setting.varied}".strip()
                 if setting.key in done:
                     found.append(done[setting.key])
-        compared = _by_seed(by_label.get(baseline, []), "test_ndcg10")
-        head = ["", "NDCG@10", "Recall@20", "valid NDCG@10", f"less {baseline}", "seeds", "s"]
-        lines = [_line(label, found, compared) for label, found in by_label.items()]
+        head = ["", "NDCG@10", "Recall@20", "valid NDCG@10", f"less {baseline}", "seeds"]
+        lines = [
+            _line(label, found, _by_seed(by_label.get(compared[label], []), "test_ndcg10"))
+            for label, found in by_label.items()
+            if found
+        ]
         parts.append(f"{data}\n\n" + markdown(head, lines))
     return "\n\n".join(parts)
 
 
 def _line(label: str, found: list[rows.Row], compared: dict[int, float]) -> list[str]:
     measures = [_by_seed(found, x) for x in ("test_ndcg10", "test_recall20", "valid_ndcg10")]
-    seconds = statistics.median(row["seconds"] for row in found) if found else math.nan
     return [
         label,
         *(str(mean(values.values())) for values in measures),
         _signed(paired(measures[0], compared)),
         str(len(found)),
-        f"{seconds:.0f}" if found else "-",
     ]
 
 

@@ -97,14 +97,18 @@ class Setting:
         if self.method == "bank":
             words += [str(self.bank), self.correction]
             words += [f"{k}={_short(v)}" for k, v in sorted(self.options.items())]
+        return " ".join([*words, self.varied]).strip()
+
+    @property
+    def varied(self) -> str:
+        """What is not central beside method, bank and correction; who shares it is compared."""
         central = Setting(self.data, method="gradaccum")
         told = {"data", "seed", "method", "bank", "correction", "options"}
-        words += [
+        return " ".join(
             f"{name}={_short(value)}"
             for name, value in asdict(self).items()
             if name not in told and value != getattr(central, name)
-        ]
-        return " ".join(words)
+        )
 
     def without_seed(self) -> str:
         """The hash of all settings but the seed: runs that differ by chance alone."""

@@ -14,40 +14,50 @@ from benchmarks.drift.settings import Setting
 DATA = ("squad_sent", "medquad")
 BASELINE = "inbatch"  # the label compared with, unless the command names another
 
+TRANSPORT: dict[str, Any] = {"probes": 64, "ridge": 0.1}
+SCORES: dict[str, Any] = {"limit": 0.25, "measure": "scores", "sample": 16}
+
 # (correction, options), in the order of interest
 IDEAS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mean", {}),
-    ("transport", {"probes": 64, "ridge": 0.1}),
+    ("transport", TRANSPORT),
     ("transport", {"probes": 256, "ridge": 0.1}),
-    ("transport", {"probes": 16, "ridge": 0.1}),
     ("mean-all", {}),
     ("moments", {}),
-    ("transport-batch", {"batches": 4, "ridge": 0.1}),
-    ("transport-batch", {"batches": 16, "ridge": 0.1}),
     ("transport", {"probes": 64, "kernel": "mean"}),
-    ("transport", {"probes": 256, "ridge": 0.1, "kernel": "exp", "width": 0.1}),
+    ("transport-batch", {"batches": 4, "ridge": 0.1}),
     ("refresh", {"count": 8}),
-    ("refresh", {"count": 32}),
-    ("age", {"beta": 0.03}),
     ("age", {"beta": 0.1}),
+    ("project", {}),
+    ("transport", {"probes": 256, "ridge": 0.01}),
+    ("transport", {"probes": 64, "ridge": 1.0}),
+    ("mean", {"decay": 0.97}),
+    ("age", {"beta": 0.03}),
+    ("transport", {"probes": 256, "ridge": 0.1, "kernel": "exp", "width": 0.1}),
+    ("refresh", {"count": 32}),
     ("none", {}),
     ("oracle", {}),
-    ("transport", {"probes": 64, "ridge": 1.0}),
-    ("transport", {"probes": 256, "ridge": 1.0}),
-    ("transport", {"probes": 64, "ridge": 0.01}),
-    ("transport", {"probes": 256, "ridge": 0.01}),
-    ("transport", {"probes": 256, "ridge": 0.1, "renormalize": False}),
-    ("transport", {"probes": 256, "ridge": 0.1, "kernel": "exp", "width": 0.3}),
-    ("transport", {"probes": 64, "ridge": 0.1, "kernel": "exp", "width": 0.1}),
-    ("transport-batch", {"batches": 16, "ridge": 1.0}),
-    ("transport-batch", {"batches": 16, "ridge": 0.1, "kernel": "exp", "width": 0.1}),
+    ("transport", {**TRANSPORT, "keep": True}),
+    ("transport-mean", TRANSPORT),
+    ("oracle", {"dropout": True}),
+    ("transport", {"probes": 16, "ridge": 0.1}),
     ("mean", {"decay": 0.5}),
-    ("mean", {"decay": 0.97}),
+    ("transport", {"probes": 256, "ridge": 0.1, "renormalize": False}),
+    ("transport-batch", {"batches": 16, "ridge": 0.1}),
     ("moments", {"decay": 0.97}),
-    ("refresh", {"count": 2}),
     ("age", {"beta": 0.3}),
+    ("transport", {"probes": 256, "ridge": 0.1, "kernel": "exp", "width": 0.3}),
 )
-_FEW = ("mean", "transport", "oracle")  # of the tables that vary the setting
+
+# (correction, options) of the table `guards`
+GUARDS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("guard", {"limit": 0.5}),
+    ("guard", {"limit": 0.5, "measure": "shift"}),
+    ("guard", SCORES),
+    ("guard", {**SCORES, "correction": "none"}),
+    ("guard", {**SCORES, "limit": 0.1}),
+    ("guard", {**SCORES, "limit": 0.1, "correction": "transport", "options": TRANSPORT}),
+)
 
 
 def _methods(seed: int, data: str) -> list[Setting]:
@@ -59,7 +69,7 @@ def _methods(seed: int, data: str) -> list[Setting]:
 
 
 def _banks(seed: int, data: str, correction: str, sizes: Sequence[int]) -> list[Setting]:
-    options = {"probes": 64, "ridge": 0.1} if correction == "transport" else {}
+    options = {"transport": TRANSPORT, "guard": SCORES}.get(correction, {})
     return [
         Setting(data, seed, bank=bank, correction=correction, options=options) for bank in sizes
     ]
@@ -68,14 +78,14 @@ def _banks(seed: int, data: str, correction: str, sizes: Sequence[int]) -> list[
 def central() -> list[Setting]:
     """Sizes of the bank, plain, corrected by the mean, and fresh."""
     found = []
-    for seed in (1, 2, 3):
+    for seed in (1, 2, 3, 4, 5):
+        # What takes longest first: a GPU's processes share it, and nothing else waits for these.
+        found += [x for data in reversed(DATA) for x in _banks(seed, data, "oracle", (4096, 1024))]
         for data in DATA:
             found += _methods(seed, data)
             found += _banks(seed, data, "none", (128, 1024))
             found += _banks(seed, data, "mean", (128, 512, 1024, 4096, 16384))
-    for seed in (1, 2, 3):
-        for bank in (1024, 4096):
-            found += [x for data in DATA for x in _banks(seed, data, "oracle", (bank,))]
+            found += _banks(seed, data, "transport", (1024, 4096, 16384))
     return found
 
 
@@ -93,18 +103,32 @@ def ideas() -> list[Setting]:
     return found
 
 
+def guards() -> list[Setting]:
+    """Windows that shrink, beside banks of a fixed size."""
+    found = []
+    for seed in (1, 2):
+        for data in DATA:
+            found += _methods(seed, data) + _banks(seed, data, "none", (128,))
+            found += _banks(seed, data, "mean", (512, 1024, 4096))
+            found += [
+                Setting(data, seed, bank=4096, correction=correction, options=options)
+                for correction, options in GUARDS
+            ]
+    return found
+
+
 def _varied(*changes: dict[str, Any], seeds: Sequence[int] = (1, 2)) -> list[Setting]:
-    """Baselines and a few corrections at 1,024 and 4,096, with something else than central."""
+    """Baselines and a few corrections, with something else than central."""
     found = []
     for seed in seeds:
         for change in changes:
             for data in DATA:
-                few = _methods(seed, data) + _banks(seed, data, "none", (128, 1024))
-                for correction in _FEW:
-                    few += _banks(seed, data, correction, (1024, 4096))
+                few = _methods(seed, data) + _banks(seed, data, "none", (128,))
+                few += _banks(seed, data, "mean", (1024, 4096))
+                few += _banks(seed, data, "transport", (1024, 4096))
+                few += _banks(seed, data, "guard", (4096,))
                 found += [replace(setting, **change) for setting in few]
-    # What takes longest last.
-    return sorted(found, key=lambda setting: setting.correction == "oracle")
+    return found
 
 
 def rates() -> list[Setting]:
@@ -140,6 +164,7 @@ def weights() -> list[Setting]:
 TABLES: dict[str, Callable[[], list[Setting]]] = {
     "central": central,
     "ideas": ideas,
+    "guards": guards,
     "rates": rates,
     "epochs": epochs,
     "start": start,
