@@ -9,6 +9,7 @@ from pathlib import Path
 import benchmarks.drift
 from benchmarks.drift import rows
 from benchmarks.drift.grid import Grid, run_grid
+from benchmarks.drift.harm import harm
 from benchmarks.drift.report import table
 from benchmarks.drift.settings import Setting
 from benchmarks.drift.tables import BASELINE, TABLES, settings
@@ -64,6 +65,11 @@ def _figure(args: argparse.Namespace) -> int:
     return 0
 
 
+def _harm(args: argparse.Namespace) -> int:
+    print(harm(list(_read(args.rows).values())))
+    return 0
+
+
 def _read(paths: list[Path]) -> dict[str, rows.Row]:
     done: dict[str, rows.Row] = {}
     for path in paths:
@@ -110,6 +116,10 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("--rows", type=Path, required=True, nargs="+")
     one.add_argument("--baseline", default=BASELINE, help="label; default %(default)s")
     one.set_defaults(run=_table)
+
+    one = commands.add_parser("harm", help="which sign of staleness tells harm")
+    one.add_argument("--rows", type=Path, required=True, nargs="+")
+    one.set_defaults(run=_harm)
 
     one = commands.add_parser("figure", help="draw how the shortcut forms")
     one.add_argument("--rows", type=Path, required=True, nargs="+")
