@@ -11,7 +11,7 @@ from tiny_retriever import write_tiny_data, write_tiny_encoder
 from benchmarks.drift import cli, rows, tables
 from benchmarks.drift.grid import Forecast, Grid, run_grid, work
 from benchmarks.drift.prepare import prepare
-from benchmarks.drift.report import mean, paired, table
+from benchmarks.drift.report import brief, mean, paired, table
 from benchmarks.drift.settings import Setting, from_row
 
 
@@ -162,6 +162,10 @@ def test_a_table_compares_like_with_like_and_leaves_out_what_was_not_run():
     lines = table([*settings, tiny(clip=3.0)], done, "inbatch").splitlines()
     assert len(lines) == 4 + 4
     assert "+0.1000" in lines[5] and "+0.0500" in lines[7]
+    lines = brief([*settings, tiny(clip=3.0)], done, "inbatch").splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines]
+    assert cells[0] == ["tiny", "less inbatch", "seeds"] and len(lines) == 2 + 4
+    assert cells[2] == ["0.4000", "-", "1"] and cells[5] == ["0.7500", "+0.0500", "1"]
 
 
 def test_settings_have_hashes_and_labels():

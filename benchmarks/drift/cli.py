@@ -10,7 +10,7 @@ import benchmarks.drift
 from benchmarks.drift import rows
 from benchmarks.drift.grid import Grid, run_grid
 from benchmarks.drift.harm import harm
-from benchmarks.drift.report import table
+from benchmarks.drift.report import brief, table
 from benchmarks.drift.settings import Setting
 from benchmarks.drift.tables import BASELINE, TABLES, settings
 
@@ -54,7 +54,8 @@ def _one(args: argparse.Namespace) -> int:
 def _table(args: argparse.Namespace) -> int:
     done = _read(args.rows)
     for name in args.tables:
-        print(f"### {name}\n\n{table(settings([name]), done, args.baseline)}\n")
+        told = (brief if args.brief else table)(settings([name]), done, args.baseline)
+        print(f"### {name}\n\n{told}\n")
     return 0
 
 
@@ -115,6 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("tables", nargs="+", choices=TABLES, metavar="NAME", help=", ".join(TABLES))
     one.add_argument("--rows", type=Path, required=True, nargs="+")
     one.add_argument("--baseline", default=BASELINE, help="label; default %(default)s")
+    one.add_argument("--brief", action="store_true", help="NDCG@10 alone, sets side by side")
     one.set_defaults(run=_table)
 
     one = commands.add_parser("harm", help="which sign of staleness tells harm")

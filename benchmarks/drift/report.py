@@ -67,6 +67,36 @@ def table(settings: Sequence[Setting], done: dict[str, rows.Row], baseline: str)
     return "\n\n".join(parts)
 
 
+def brief(settings: Sequence[Setting], done: dict[str, rows.Row], baseline: str) -> str:
+    """The same by NDCG@10 alone, data sets side by side.
+
+    Args:
+        settings: of the table; their order is that of the lines.
+        done: rows by key; settings that have none in any seed are left out.
+        baseline: the label that differences are taken to, in the same varied setting.
+    """
+    found: dict[str, dict[str, dict[int, float]]] = {}  # by label and data set, by seed
+    compared = {}
+    for setting in settings:
+        by_data = found.setdefault(setting.label, {})
+        compared[setting.label] = f"{baseline} {setting.varied}".strip()
+        if setting.key in done:
+            by_data.setdefault(setting.data, {})[setting.seed] = done[setting.key]["test_ndcg10"]
+    sets = list(dict.fromkeys(setting.data for setting in settings))
+    head = [""] + [x for data in sets for x in (data, f"less {baseline}", "seeds")]
+    lines = []
+    for label, by_data in found.items():
+        cells = [label]
+        for data in sets:
+            ours = by_data.get(data, {})
+            theirs = found.get(compared[label], {}).get(data, {})
+            difference = "-" if label == compared[label] else _signed(paired(ours, theirs))
+            cells += [str(mean(ours.values())), difference, str(len(ours))]
+        if by_data:
+            lines.append(cells)
+    return markdown(head, lines)
+
+
 def _line(label: str, found: list[rows.Row], compared: dict[int, float]) -> list[str]:
     measures = [_by_seed(found, x) for x in ("test_ndcg10", "test_recall20", "valid_ndcg10")]
     return [
