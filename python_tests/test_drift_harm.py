@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from benchmarks.drift import cli, harm, rows
-from benchmarks.drift.settings import Setting
+from benchmarks.drift import cli, harm, rows, tables
+from benchmarks.drift.report import brief
+from benchmarks.drift.settings import Setting, from_row
+
+ROOT = Path(__file__).parents[1]
 
 
 def line(update: int, spread: float, window: float = 9.0) -> dict:
@@ -58,3 +63,12 @@ def test_the_commands_print_and_draw(tmp_path, capsys):
 
 def test_equal_values_share_a_rank():
     assert harm._ranks([3.0, 1.0, 3.0, 2.0]).tolist() == pytest.approx([2.5, 0, 2.5, 1])
+
+
+def test_the_page_holds_what_the_rows_give():
+    done = rows.finished(ROOT / "benchmarks/results/drift/rows.jsonl")
+    assert all(from_row(found["setting"]).key == key for key, found in done.items())
+    page = (ROOT / "docs/drift.md").read_text()
+    for name in ("central", "ideas", "guards", "rates", "start", "dot"):
+        assert brief(tables.settings([name]), done, tables.BASELINE) in page, name
+    assert all(part in page for part in harm.harm(list(done.values())).split("\n\n"))
