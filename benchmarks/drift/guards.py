@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.drift.corrections import Context, Correction, Mean
 from benchmarks.drift.data import upload
 from benchmarks.drift.loss import BankView
+from benchmarks.drift.transport import Displacement, Transport
 
 _AGES = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # at which a guard looks, in updates
 _SMOOTH = 0.8  # decay of what a guard has seen, per update
@@ -142,6 +143,40 @@ class Guard(Correction):
 def _squares(values: Tensor) -> Tensor:
     """(ages, 2) whose sum is the (ages,) values."""
     return torch.stack([values, torch.zeros_like(values)], 1)
+
+
+class Follow(Transport):
+    """Transport within a window: the errors of the maps that a slot has been through add up.
+
+    An error is that of predicting each probe from the others (`Displacement.error`), the larger of
+    both sides. A slot beyond the limit takes no part any more; what is not older than the last
+    update always does, as in a bank of one update.
+
+    Args:
+        context: of the run.
+        limit: of the sum, in spreads of the probes.
+        options: of `Transport`, linear.
+    """
+
+    def __init__(self, context: Context, limit: float, **options: Any) -> None:
+        super().__init__(context, **options)
+        self.limit = limit
+        updates = len(self.history.queries) // self.history.update_size + 1
+        self.stale = torch.zeros(updates, device=context.device)  # by update of enqueueing
+
+    def before_loss(self, update: int) -> BankView:
+        view, slots = super().before_loss(update), self.history.view(update)
+        position = torch.arange(slots.start, slots.stop, device=self.stale.device)
+        written = position // self.history.update_size
+        # Not >: where an error is not a number the model is lost, and the smallest window right.
+        beyond = ~(self.stale[written] <= self.limit) & (written < update - 1)
+        return replace(view, absent=beyond)
+
+    def fields(self, update: int) -> list[Displacement]:
+        found = super().fields(update)
+        error = torch.stack([field.error for field in found]).max()
+        self.stale[: update + 1] += error.to(self.stale)
+        return found
 
 
 class Project(Mean):

@@ -15,6 +15,7 @@ CORRECTIONS: dict[str, Callable[..., corrections.Correction]] = {
     "age": corrections.Age,
     "refresh": corrections.Refresh,
     "guard": guards.Guard,
+    "follow": guards.Follow,
     "project": guards.Project,
     "transport": transport.Transport,
     "transport-batch": transport.TransportBatch,

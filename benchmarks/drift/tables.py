@@ -60,6 +60,12 @@ GUARDS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
+# Limits of `follow`.
+FOLLOW: tuple[dict[str, Any], ...] = tuple(
+    {**TRANSPORT, "limit": limit} for limit in (0.3, 1.0, 3.0)
+)
+
+
 def _methods(seed: int, data: str) -> list[Setting]:
     """The rows every table is read against."""
     return [
@@ -117,6 +123,29 @@ def guards() -> list[Setting]:
     return found
 
 
+def safe() -> list[Setting]:
+    """Transport within a window that its own errors set, where it is needed and where not."""
+    changes: list[dict[str, Any]] = [
+        {"start": "random"},
+        {"similarity": "dot", "scale": 1.0},
+        {},
+        {"learning_rate": 5e-4},
+        {"learning_rate": 2e-5},
+    ]
+    found = []
+    for seed in (1, 2, 3):
+        for change in changes:
+            for data in DATA:
+                few = [
+                    Setting(data, seed, bank=4096, correction="follow", options=options)
+                    for options in FOLLOW
+                ]
+                few += _methods(seed, data) + _banks(seed, data, "none", (128,))
+                few += _banks(seed, data, "transport", (4096,))
+                found += [replace(setting, **change) for setting in few]
+    return found
+
+
 def _varied(*changes: dict[str, Any], seeds: Sequence[int] = (1, 2)) -> list[Setting]:
     """Baselines and a few corrections, with something else than central."""
     found = []
@@ -165,6 +194,7 @@ TABLES: dict[str, Callable[[], list[Setting]]] = {
     "central": central,
     "ideas": ideas,
     "guards": guards,
+    "safe": safe,
     "rates": rates,
     "epochs": epochs,
     "start": start,

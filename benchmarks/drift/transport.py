@@ -54,6 +54,11 @@ class Displacement:
         factor, _ = torch.linalg.cholesky_ex(gram + strength * identity)
         weights = torch.cholesky_solve(moved - self.shift, factor)  # (R, d)
         self.weights = centred.T @ weights if kernel == "linear" else weights
+        # Each probe predicted from the others, in spreads of the probes as they are now.
+        free = strength * torch.cholesky_inverse(factor).diagonal() - 1 / len(old)
+        left_out = strength * weights / free.clamp(min=1e-9)[:, None]
+        spread = new.double().var(0, correction=0).sum().sqrt()
+        self.error = left_out.square().sum(1).mean().sqrt() / spread
 
     def _similarity(self, directions: Tensor) -> Tensor:
         return ((directions @ self.probes.to(directions).T - 1) / self.width).exp()
