@@ -155,12 +155,15 @@ class Follow(Transport):
     Args:
         context: of the run.
         limit: of the sum, in spreads of the probes.
+        choose: do nothing, shift, or map, whichever predicts probes best.
         options: of `Transport`, linear.
     """
 
-    def __init__(self, context: Context, limit: float, **options: Any) -> None:
+    def __init__(
+        self, context: Context, limit: float, choose: bool = False, **options: Any
+    ) -> None:
         super().__init__(context, **options)
-        self.limit = limit
+        self.limit, self.chooses = limit, choose
         updates = len(self.history.queries) // self.history.update_size + 1
         self.stale = torch.zeros(updates, device=context.device)  # by update of enqueueing
 
@@ -174,7 +177,8 @@ class Follow(Transport):
 
     def fields(self, update: int) -> list[Displacement]:
         found = super().fields(update)
-        error = torch.stack([field.error for field in found]).max()
+        errors = [field.choose() if self.chooses else field.error for field in found]
+        error = torch.stack(errors).max()
         self.stale[: update + 1] += error.to(self.stale)
         return found
 

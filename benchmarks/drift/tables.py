@@ -61,8 +61,9 @@ GUARDS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 # Limits of `follow`.
-FOLLOW: tuple[dict[str, Any], ...] = tuple(
-    {**TRANSPORT, "limit": limit} for limit in (0.3, 1.0, 3.0)
+FOLLOW: tuple[dict[str, Any], ...] = (
+    {**TRANSPORT, "limit": 0.3, "choose": True},
+    *({**TRANSPORT, "limit": limit} for limit in (0.3, 1.0, 3.0)),
 )
 
 

@@ -57,8 +57,24 @@ class Displacement:
         # Each probe predicted from the others, in spreads of the probes as they are now.
         free = strength * torch.cholesky_inverse(factor).diagonal() - 1 / len(old)
         left_out = strength * weights / free.clamp(min=1e-9)[:, None]
-        spread = new.double().var(0, correction=0).sum().sqrt()
-        self.error = left_out.square().sum(1).mean().sqrt() / spread
+        others = len(old) / max(1, len(old) - 1)  # a mean without the probe itself
+        self.spread = new.double().var(0, correction=0).sum().sqrt()
+        # Of doing nothing, of the shift alone, of the map.
+        self.errors = torch.stack(
+            [_size(moved), _size((moved - self.shift) * others), _size(left_out)]
+        )
+
+    def choose(self) -> Tensor:
+        """(): the least of the errors, in spreads; what has not the least is no longer done."""
+        nothing, shift, whole = self.errors
+        self.shift = self.shift * (torch.minimum(shift, whole) < nothing)
+        self.weights = self.weights * (whole < torch.minimum(shift, nothing))
+        return self.errors.min() / self.spread
+
+    @property
+    def error(self) -> Tensor:
+        """(): of the map, in spreads."""
+        return self.errors[2] / self.spread
 
     def _similarity(self, directions: Tensor) -> Tensor:
         return ((directions @ self.probes.to(directions).T - 1) / self.width).exp()
@@ -77,6 +93,10 @@ class Displacement:
             directions = torch.nn.functional.normalize(vectors, dim=-1)
             moved = moved + self._similarity(directions) @ self.weights.to(kind)
         return moved
+
+
+def _size(vectors: Tensor) -> Tensor:
+    return vectors.square().sum(1).mean().sqrt()
 
 
 class Transport(Correction):
