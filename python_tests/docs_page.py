@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ _FENCE = re.compile(r"^```([a-z]+)[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.D
 _SHELL = ("bash", "sh", "shell", "console")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Block:
     """A fenced block of a page."""
 
@@ -37,7 +37,7 @@ def blocks(page: Path, *languages: str) -> list[Block]:
 def run_page(
     page: Path,
     names: Mapping[str, Any] | None = None,
-    replacements: Mapping[str, str] | None = None,
+    replace: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Run a page's Python and shell blocks one after the other, as one session.
 
@@ -47,7 +47,7 @@ def run_page(
     Args:
         page: a Markdown file.
         names: what its Python may use without defining it.
-        replacements: texts to be replaced in the blocks, such as the name of a model that would be
+        replace: texts to be replaced in the blocks, such as the name of a model that would be
             downloaded. Each must occur.
 
     Returns:
@@ -60,10 +60,12 @@ def run_page(
     found = blocks(page, "python", *_SHELL)
     if not found:
         raise ValueError(f"{page}: expected fenced blocks marked python or bash, found none")
-    for old, new in (replacements or {}).items():
+    for old, new in (replace or {}).items():
         if not any(old in block.source for block in found):
             raise ValueError(f"{page}: expected {old!r} in a block, found it in none")
-        found = [replace(block, source=block.source.replace(old, new)) for block in found]
+        found = [
+            dataclasses.replace(block, source=block.source.replace(old, new)) for block in found
+        ]
     program: dict[str, Any] = {"__name__": "__main__", **(names or {})}
     commands = {block: _commands(page, block) for block in found if block.language in _SHELL}
     for block in found:

@@ -81,7 +81,7 @@ def test_nothing_but_the_command_is_run_nor_anything_before_it(tmp_path, calls):
 
 def test_what_is_to_be_replaced_must_occur(page):
     with pytest.raises(ValueError, match="expected 'huge' in a block, found it in none"):
-        run_page(page, replacements={"huge": "small"})
+        run_page(page, replace={"huge": "small"})
 
 
 def test_a_page_without_snippets_is_an_error(tmp_path):

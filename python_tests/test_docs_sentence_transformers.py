@@ -17,7 +17,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "sentence-transformers.
 
 def test_the_guide_runs(start, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = run_page(PAGE, replacements={"microsoft/mpnet-base": str(start)})
+    names = run_page(PAGE, replace={"microsoft/mpnet-base": str(start)})
     # The second run was resumed after step 4, its banks as the first run left them: 8 x 2 a step.
     assert names["wide"].memory.capacity == 512
     assert (tmp_path / "output" / "checkpoint-6" / "contaccum_banks.pt").is_file()
