@@ -5,6 +5,15 @@ from contaccum_ext.bank import DualMemoryBank
 from contaccum_ext.functional import contaccum_loss
 from contaccum_ext.layout import BankLayout
 from contaccum_ext.losses import ContAccumLoss
+from contaccum_ext.transport import BankTransport, transport
 
-__all__ = ["BankLayout", "ContAccumLoss", "DualMemoryBank", "contaccum_loss", "reference"]
+__all__ = [
+    "BankLayout",
+    "BankTransport",
+    "ContAccumLoss",
+    "DualMemoryBank",
+    "contaccum_loss",
+    "reference",
+    "transport",
+]
 __version__ = "0.1.0"

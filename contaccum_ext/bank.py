@@ -17,9 +17,8 @@ _DRIFT = ("none", "mean")
 class DualMemoryBank(nn.Module):
     """Detached representations of earlier queries and passages, first in, first out.
 
-    Equivalent to two deques of `capacity` entries (ContAccum, arXiv 2406.12356, section 3.1), with
-    a table of partial log-sum-exps beside them, so that no banked x banked score is ever computed
-    twice.
+    Equivalent to two deques of `capacity` entries (ContAccum, arXiv 2406.12356, section 3.1) with a
+    table of partial log-sum-exps, so that no banked x banked score is ever computed twice.
 
     Args:
         capacity: slots C. A slot is one query, its passages and their ids.
@@ -33,8 +32,8 @@ class DualMemoryBank(nn.Module):
         layout: how slots are grouped; the default suits the capacity.
 
     Drift: with "mean" each block of slots remembers the running means at which it was enqueued, and
-    a banked vector v counts as v + (mean now - mean then) wherever it meets a local one. That
-    removes the shortcut by which a model tells old negatives from fresh positives.
+    a banked vector v counts as v + (mean now - mean then) wherever it meets a local one: a model
+    can no longer tell old negatives from fresh positives by it. :func:`transport` goes further.
 
     All state is in ``state_dict``: loading it and going on gives the same bits as never having
     stopped.
@@ -73,8 +72,8 @@ class DualMemoryBank(nn.Module):
         self.drift_decay = validation.number("drift_decay", drift_decay)
         if not 0 <= self.drift_decay < 1:
             raise ValueError(f"drift_decay: expected a number in [0, 1), got {drift_decay}")
-        default = BankLayout.default(capacity)
-        self.layout = validation.instance("layout", layout or default, BankLayout)
+        layout = layout or BankLayout.default(capacity)
+        self.layout = validation.instance("layout", layout, BankLayout)
         self._window: int | None = None
         for name, (shape, kind) in self._shapes(dtype).items():
             self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
@@ -113,8 +112,7 @@ class DualMemoryBank(nn.Module):
 
     def conflicts_with_ids(self, given: bool) -> bool:
         """Whether a batch with (or without) ids cannot join what is in the bank."""
-        # A first batch may have been refused by the op: only when about to complain is it worth
-        # asking the device whether anything was banked.
+        # A first batch may have been refused by the op.
         return self._has_ids is not None and self._has_ids != given and len(self) > 0
 
     @property
@@ -167,11 +165,9 @@ class DualMemoryBank(nn.Module):
         if self.drift != "none":
             raise ValueError(f"drift: expected 'none' to set offsets, got {self.drift!r}")
         blocks = self.layout.offset_blocks(self.capacity)
-        wanted = {
-            "query_offsets": (query_offsets, (blocks, self.dim)),
-            "passage_offsets": (passage_offsets, (blocks, self.passages_per_query, self.dim)),
-        }
-        for name, (tensor, shape) in wanted.items():
+        shapes = (blocks, self.dim), (blocks, self.passages_per_query, self.dim)
+        given = {"query_offsets": query_offsets, "passage_offsets": passage_offsets}
+        for (name, tensor), shape in zip(given.items(), shapes, strict=True):
             validation.instance(name, tensor, Tensor)
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
@@ -193,7 +189,7 @@ class DualMemoryBank(nn.Module):
         self._window = None if value is None else validation.count("window", value)
 
     def effective_window(self) -> int:
-        """The same as ``window`` (reads the device unless all slots are in use)."""
+        """The same as ``window`` (reads the device)."""
         return self.layout.effective_window(self.capacity, int(self.cursor[0]), self._window)
 
     def window_blocks(self) -> int:
@@ -202,7 +198,7 @@ class DualMemoryBank(nn.Module):
 
     def buffers_in_order(self) -> tuple[Tensor, ...]:
         """The op's bank arguments, in the order of its schema."""
-        b: dict = self._buffers  # as attributes they are what a module looks up last
+        b: dict = self._buffers  # faster than attributes
         return (
             *(b["bank_queries"], b["bank_passages"], b["bank_ids"], b["cursor"]),
             *(b["block_lse"], b["group_lse"], b["row_state"], b["means"]),
@@ -215,6 +211,10 @@ class DualMemoryBank(nn.Module):
         if self._summed_window != window_blocks:
             return ops.REBUILD_WINDOW
         return ops.REBUILD_NOTHING
+
+    def vectors_changed(self) -> None:
+        """Note that banked vectors are no longer those of the table: rebuild it before use."""
+        self._scale = None
 
     def accept(self, scale: float, window_blocks: int, has_ids: bool | None) -> None:
         """Note that the op has succeeded: its table fits, and ids were given or not."""
@@ -291,7 +291,7 @@ class DualMemoryBank(nn.Module):
         for name, tensor in kept.items():
             setattr(self, name, tensor.to(device=self.bank_queries.device, dtype=acc))
         if self.bank_queries.dtype != before:
-            self._scale = None  # rounded representations have other scores: rebuild before use
+            self.vectors_changed()  # by rounding
         return self
 
     def extra_repr(self) -> str:

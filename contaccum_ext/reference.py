@@ -120,6 +120,26 @@ class DualMemoryBank:
             offset = torch.cat([query_offsets[block : block + 1], passage_offsets[block]])
             self.block_means[lap, block] = (count, self.mean - offset.to(self.mean.dtype))
 
+    def transport(self, old: Tensor, new: Tensor, kind: str, ridge: float, normalize: bool) -> None:
+        """Move the banked "queries" or "passages" as probes (R, d) have moved from old to new."""
+        old, new = old.double(), new.double()
+        spread, moved = old - old.mean(0), new - old
+        gram = spread @ spread.T
+        strength = ridge * gram.trace() / len(old) * torch.eye(len(old), dtype=gram.dtype)
+        slope = spread.T @ torch.linalg.solve(gram + strength, moved - moved.mean(0))
+
+        def move(v: Tensor) -> Tensor:
+            there = v.double() + moved.mean(0) + (v.double() - old.mean(0)) @ slope
+            if normalize:
+                there = there / there.norm(dim=-1, keepdim=True)
+            return there.to(v.dtype)
+
+        for slot in self.slots:
+            if kind == "queries":
+                slot.query = move(slot.query)
+            else:
+                slot.passages = move(slot.passages)
+
     def effective_window(self) -> int:
         """Newest slots in use: the started block plus ceil(window / block) whole ones."""
         return self.layout.effective_window(

@@ -171,6 +171,36 @@ CudaDevice device_properties(int index) {
   return devices[index];
 }
 
+// aten::mm into memory that is there. It follows torch's own settings, of tf32 and of determinism.
+void multiply(int device, const MatrixProduct& p) {
+  using torch::stable::detail::from;
+  const ScalarType storage = scalar_type_of(p.storage), acc = accumulation(storage);
+  const auto view = [&](const void* data, int64_t rows, int64_t columns, const Matrix& like,
+                        ScalarType dtype) {
+    const int64_t strides[] = {like.transposed ? 1 : like.stride,
+                               like.transposed ? like.stride : 1};
+    return torch::stable::from_blob(const_cast<void*>(data), {rows, columns}, strides,
+                                    {torch::headeronly::DeviceType::CUDA, device}, dtype);
+  };
+  const Tensor left = view(p.left.data, p.rows, p.depth, p.left, storage);
+  const Tensor right = view(p.right.data, p.depth, p.columns, p.right, storage);
+  const Tensor out = view(p.out, p.rows, p.columns, {p.out, p.columns, false}, acc);
+  AOTITorchError error;
+  if (storage == acc) {
+    StableIValue stack[] = {from(left), from(right), from(out)};
+    error = torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION);
+    if (error == TORCH_SUCCESS) torch::stable::detail::to<Tensor>(stack[0]);
+  } else {
+    StableIValue stack[] = {from(left), from(right), from(acc), from(out)};
+    error = torch_call_dispatcher("aten::mm", "dtype_out", stack, TORCH_ABI_VERSION);
+    if (error == TORCH_SUCCESS) torch::stable::detail::to<Tensor>(stack[0]);
+  }
+  STD_TORCH_CHECK(error == TORCH_SUCCESS, "banked_loss_: expected torch to multiply matrices of ",
+                  dtype_text(storage), " of shapes (", p.rows, ", ", p.depth, ") and (", p.depth,
+                  ", ", p.columns, "), but it failed. Deterministic algorithms need ",
+                  "CUBLAS_WORKSPACE_CONFIG to be set; or memory has run out");
+}
+
 // On the current stream. Head and fill stay on the device: nothing is read back.
 void step_cuda(const StepArgs& args, const Tensor& queries) {
   constexpr int64_t kLargestDim = 4096, kLargestIndex = int64_t(1) << 30;
@@ -183,7 +213,7 @@ void step_cuda(const StepArgs& args, const Tensor& queries) {
                   y.capacity * y.m, " in the bank and ", n * y.m, " in the batch");
   const int index = queries.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
-  const CudaStep step{args, device_properties(index)};
+  const CudaStep step{args, device_properties(index), multiply};
   const Tensor scratch =
       empty(queries, {static_cast<int64_t>(cuda_scratch_bytes(step))}, ScalarType::Byte);
   const char* error = cuda_step(step, scratch.mutable_data_ptr(), current_stream(index));
@@ -317,9 +347,9 @@ STABLE_TORCH_LIBRARY_IMPL(contaccum_ext, CPU, m) {
 }
 
 #ifdef CONTACCUM_WITH_CUDA
-// For tests and benchmarks: which of the two implementations runs where both could.
-extern "C" __attribute__((visibility("default"))) void contaccum_allow_tensor_cores(int allow) {
-  contaccum::cuda_allow_tensor_cores(allow != 0);
+// For tests and benchmarks: which families of kernels may run, by the bits of KernelFamily.
+extern "C" __attribute__((visibility("default"))) void contaccum_allow_kernels(unsigned families) {
+  contaccum::cuda_allow_kernels(families);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(contaccum_ext, CUDA, m) {

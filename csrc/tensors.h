@@ -33,6 +33,19 @@ inline Storage storage_of(ScalarType t) {
   }
 }
 
+inline ScalarType scalar_type_of(Storage s) {
+  switch (s) {
+    case Storage::f64:
+      return ScalarType::Double;
+    case Storage::bf16:
+      return ScalarType::BFloat16;
+    case Storage::f16:
+      return ScalarType::Half;
+    default:
+      return ScalarType::Float;
+  }
+}
+
 // Contiguous and of that dtype. Torch is not even asked where nothing needs to be done.
 inline Tensor dense(const Tensor& t, ScalarType dtype) {
   const Tensor same = t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);

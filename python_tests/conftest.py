@@ -52,12 +52,22 @@ def device(request) -> str:
     return request.param
 
 
+FAMILIES = {"portable": 1, "tensor cores": 2, "library": 4}  # enum KernelFamily in csrc/cuda
+
+
+def choose_kernels(*families: str) -> None:
+    """Restrict the op to some families of CUDA kernels; portable ones serve where no other can.
+
+    Without "portable" the products are left to torch's library however small they are.
+    """
+    ctypes.CDLL(_C.__file__).contaccum_allow_kernels(sum(FAMILIES[name] for name in families))
+
+
 @pytest.fixture
-def allow_tensor_cores():
-    """A function that chooses between the two sets of CUDA kernels, until the end of the test."""
-    choose = ctypes.CDLL(_C.__file__).contaccum_allow_tensor_cores
-    yield lambda allowed: choose(int(allowed))
-    choose(1)
+def allow_kernels():
+    """`choose_kernels` until the end of the test."""
+    yield choose_kernels
+    choose_kernels(*FAMILIES)
 
 
 @pytest.fixture(scope="module")

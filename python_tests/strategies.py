@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from tolerances import Bounds, Sizes, assert_gradient, assert_loss, assert_table, bounds
+from tolerances import Bounds, Kernels, Sizes, assert_gradient, assert_loss, assert_table, bounds
 from torch import Tensor
 
 import contaccum_ext as ca
@@ -160,9 +160,9 @@ def scratch_table(bank: ca.DualMemoryBank, written: int, scale: float) -> Tensor
 class Twins:
     """A bank and its oracle; `run` gives one step to both and compares them."""
 
-    def __init__(self, setup: Setup, device: str) -> None:
+    def __init__(self, setup: Setup, device: str, library: bool = False) -> None:
         s = self.setup = setup
-        self.device = device
+        self.device, self.kernels = device, Kernels(device, library)
         self.bank = setup.bank(device)
         self.oracle = ExactBank(
             s.capacity, s.d, s.m, s.bank_dtype, s.drift, layout=self.bank.layout
@@ -210,7 +210,7 @@ class Twins:
             row_weight=row_weight,
             averaged=self.averaged,
         )
-        return bounds(sizes, s.bank_dtype, self.device)
+        return bounds(sizes, s.bank_dtype, self.kernels)
 
     def run(self, step: Step) -> None:
         getattr(self, step.kind)(step)

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from strategies import MAX_ID, NARROW, TEMPERATURES, examples, layouts, scratch_table
-from tolerances import Sizes, assert_loss, assert_table, bounds
+from tolerances import Kernels, Sizes, assert_loss, assert_table, bounds
 from torch import Tensor
 
 import contaccum_ext as ca
@@ -100,7 +100,7 @@ class BankAgainstList(RuleBasedStateMachine):
             component=LARGEST,
             row_weight=1 / n,
         )
-        return bounds(sizes, self.bank.dtype, self.bank.bank_queries.device)
+        return bounds(sizes, self.bank.dtype, Kernels(self.bank.bank_queries.device))
 
     @rule(n=st.integers(1, 25))
     def enqueue(self, n):

@@ -8,7 +8,7 @@ import io
 import pytest
 import torch
 from strategies import scratch_table
-from tolerances import Sizes, assert_table, bounds
+from tolerances import Kernels, Sizes, assert_table, bounds
 from torch import nn
 
 import contaccum_ext as ca
@@ -135,7 +135,7 @@ def assert_invariant_t(bank, written: int, scale: float) -> None:
     norm = 2 * bank.passages().double().norm(dim=-1).max().item()
     sizes = Sizes(1, 2, 6, len(bank), scale, norm, norm, 1.0)
     exact = scratch_table(bank, written, scale)
-    assert_table(bank.table(), exact, bounds(sizes, bank.block_lse.dtype).table)
+    assert_table(bank.table(), exact, bounds(sizes, bank.block_lse.dtype, Kernels()).table)
 
 
 CASTS = {

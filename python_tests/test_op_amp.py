@@ -8,7 +8,7 @@ import pytest
 import torch
 from strategies import Setup, Step, Twins
 from test_op_refusals import assert_same_state, state
-from tolerances import Sizes, bounds
+from tolerances import Kernels, Sizes, bounds
 from torch import nn
 
 import contaccum_ext as ca
@@ -191,7 +191,7 @@ def test_loss_scaling_saves_gradients_that_float16_cannot_hold(device, stored):
     scaled = torch.autograd.grad(factor * ca.contaccum_loss(q, p, bank), (q, p))
     exact = height * math.exp(-(height**2)) / n  # w P_ij times the component of vector j
     assert exact < torch.finfo(F16).smallest_normal * torch.finfo(F16).eps / 2
-    tol = bounds(Sizes(n, 1, D, 0, 1.0, height, height, 1 / n), stored, device)
+    tol = bounds(Sizes(n, 1, D, 0, 1.0, height, height, 1 / n), stored, Kernels(device))
     off_diagonal = ~torch.eye(n, dtype=torch.bool)
     u, subnormal = 2**-11, 2**-25
     for vanished, kept in zip(plain, scaled, strict=True):

@@ -1,4 +1,4 @@
-"""What only CUDA has: streams, graphs, two sets of kernels, more devices, tf32, no waiting."""
+"""What only CUDA has: streams, graphs, families of kernels, more devices, tf32, no waiting."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import FAMILIES
 from test_op_refusals import assert_refused, assert_same_state, state
 
 import contaccum_ext as ca
@@ -24,6 +25,10 @@ CASES = {
         "dtype": torch.float32,
     },
 }
+
+
+# What may run: the families that are best, or products by torch's library whatever the sizes.
+CHOICES = {"the best": tuple(FAMILIES), "library": ("library",)}
 
 
 def setting(capacity, d, m, n, dtype, drift="mean", device="cuda"):
@@ -52,8 +57,10 @@ def outputs(vectors):
     )
 
 
+@pytest.mark.parametrize("kernels", CHOICES)
 @pytest.mark.parametrize("name", CASES)
-def test_a_captured_graph_replays_what_eager_does(name):
+def test_a_captured_graph_replays_what_eager_does(name, kernels, allow_kernels):
+    allow_kernels(*CHOICES[kernels])
     eager, vectors, ids = setting(**CASES[name])
     captured, _, _ = setting(**CASES[name])
     for bank in (eager, captured):  # the first call decides the scale that the table holds for
@@ -75,7 +82,9 @@ def test_a_captured_graph_replays_what_eager_does(name):
     assert_same_state(captured, state(eager))
 
 
-def test_another_stream_gives_the_same():
+@pytest.mark.parametrize("kernels", CHOICES)
+def test_another_stream_gives_the_same(kernels, allow_kernels):
+    allow_kernels(*CHOICES[kernels])
     plain, vectors, ids = setting(**CASES["bf16, hard negatives"])
     aside, _, _ = setting(**CASES["bf16, hard negatives"])
     first, second = outputs(vectors), outputs(vectors)
@@ -90,7 +99,9 @@ def test_another_stream_gives_the_same():
     assert_same_state(plain, state(aside))
 
 
-def test_no_step_waits_for_the_device():
+@pytest.mark.parametrize("kernels", CHOICES)
+def test_no_step_waits_for_the_device(kernels, allow_kernels):
+    allow_kernels(*CHOICES[kernels])
     bank, vectors, ids = setting(**CASES["bf16, hard negatives"])
     out = outputs(vectors)
     step(bank, vectors[0], ids[0], out)
@@ -103,12 +114,12 @@ def test_no_step_waits_for_the_device():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_tensor_cores_and_portable_kernels_agree(dtype, allow_tensor_cores):
-    """Both sum the same rounded vectors in float32; one rounds their weights first."""
+def test_families_of_kernels_agree(dtype, allow_kernels):
+    """All sum the same rounded vectors in float32; all but portable ones round their weights."""
     case = {"capacity": 8192, "d": 128, "m": 1, "n": 40, "dtype": dtype}
     results = []
-    for allowed in (True, False):
-        allow_tensor_cores(allowed)
+    for family in ("tensor cores", "library", "portable"):
+        allow_kernels(family)
         bank, vectors, ids = setting(**case)
         out = outputs(vectors)
         for i in range(250):  # a lap and a quarter
@@ -118,13 +129,16 @@ def test_tensor_cores_and_portable_kernels_agree(dtype, allow_tensor_cores):
     # of the weights; a row's gradient is about as long as its target, which is not among them.
     squares = math.exp(100 / case["d"]) / case["capacity"]
     rounding = 6 * torch.finfo(dtype).eps / 2 * math.sqrt(squares)
-    for a, b in zip(*results, strict=True):
-        assert (a - b).norm() <= (rounding + 2**-14) * b.norm()
+    portable = results.pop()
+    for result in results:
+        for a, b in zip(result, portable, strict=True):
+            assert (a - b).norm() <= (rounding + 2**-14) * b.norm()
 
 
 @pytest.mark.parametrize("n", [8, 200])
-def test_tf32_of_matrix_products_does_not_reach_the_op(n):
-    """What PyTorch's switch allows its own products; a float32 bank keeps to float32."""
+def test_tf32_of_matrix_products_does_not_reach_other_kernels(n, allow_kernels):
+    """What PyTorch's switch allows its own products; kernels of ours keep to float32."""
+    allow_kernels("portable", "tensor cores")
     before, results = torch.get_float32_matmul_precision(), []
     try:
         for precision in ("highest", "high"):

@@ -1,4 +1,4 @@
-"""Embedding sizes and banks as models have them, on both sets of CUDA kernels.
+"""Embedding sizes and banks as models have them, on every family of CUDA kernels.
 
 Histories of thousands of slots, judged on the device itself: the oracle's loss runs over the full
 matrix of the bank as it is, and what the bank should hold is computed here from all that went in:
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from strategies import scratch_table
-from tolerances import Sizes, assert_gradient, assert_loss, assert_table, bounds
+from tolerances import Kernels, Sizes, assert_gradient, assert_loss, assert_table, bounds
 from torch import Tensor
 
 import contaccum_ext as ca
@@ -38,9 +38,10 @@ class Case:
     window: int | None = None
     room: int = 80
 
-    @property
-    def has_tensor_cores(self) -> bool:
-        return self.dtype in (BF16, F16) and self.d % 8 == 0 and self.d <= 1024
+    def families(self) -> list[str]:
+        """Of kernels, for the loss or, beyond d = 1024, for entries of the table alone."""
+        tensor_cores = self.dtype in (BF16, F16) and self.d % 8 == 0
+        return ["portable", "library", *(["tensor cores"] if tensor_cores else [])]
 
 
 # n * m around 64 and 128, where tiles end; capacities around 4,096, below which another kernel has
@@ -64,6 +65,10 @@ LARGE = {
     "d = 100, a multiple of 4": Case(100, F16, 4096, (1, 65, 200), ids=True),
     "d = 769, odd": Case(769, BF16, 4500, (1, 65, 200)),
     "d = 1032, beyond 1024": Case(1032, BF16, 4200, (1, 65, 129), window=1000),
+    # More local rows and more scores than the library multiplies at once.
+    "several chunks": Case(5, F32, 9000, (1100,), 2, ids=True, window=8000),
+    "several chunks, fp64": Case(6, F64, 9000, (1100,)),
+    "several chunks, fp16": Case(16, F16, 9001, (1100,)),
 }
 SMALL = {
     "bf16": Case(48, BF16, 300, (1, 63, 64, 65), ids=True, given=F32),
@@ -76,13 +81,13 @@ SMALL = {
 class History:
     """A bank with drift correction, and all that ever went into it."""
 
-    def __init__(self, case: Case, device: str) -> None:
-        self.case, self.device = case, device
+    def __init__(self, case: Case, kernels: Kernels) -> None:
+        self.case, self.device, self.kernels = case, kernels.device, kernels
         self.bank = ca.DualMemoryBank(
-            case.capacity, case.d, case.m, case.dtype, device, drift="mean"
+            case.capacity, case.d, case.m, case.dtype, self.device, drift="mean"
         )
         self.bank.window = case.window
-        self.generator = torch.Generator(device).manual_seed(case.d)
+        self.generator = torch.Generator(self.device).manual_seed(case.d)
         self.vectors: list[Tensor] = []  # (n, 1 + m, d) each, as the bank rounds them
         self.ids: list[Tensor] = []  # (n, m) each
 
@@ -183,7 +188,7 @@ class History:
             )
             runs.append((loss.detach(), *torch.autograd.grad(loss, given)))
         (exact_loss, *exact), (same_loss, *same) = runs
-        tol = bounds(self.sizes(n, **self.weights(q, p, ids)), case.dtype, self.device)
+        tol = bounds(self.sizes(n, **self.weights(q, p, ids)), case.dtype, self.kernels)
         q, p = q.requires_grad_(), p.requires_grad_()
         loss = ca.contaccum_loss(q, p, bank, TAU, ids)
         dq, dp = torch.autograd.grad(loss, (q, p))
@@ -198,15 +203,15 @@ class History:
         assert torch.equal(bank.queries(), held[:, 0])
         assert torch.equal(bank.passages(), held[:, 1:])
         assert torch.equal(bank.passage_ids(), torch.cat(self.ids)[-bank.capacity :])
-        tol = bounds(self.sizes(1), self.case.dtype, self.device)
+        tol = bounds(self.sizes(1), self.case.dtype, self.kernels)
         exact = self.exact_offsets()
         assert (bank.query_offsets() - exact[:, 0]).abs().max() <= tol.offset
         assert (bank.passage_offsets() - exact[:, 1:]).abs().max() <= tol.offset
         assert_table(bank.table(), scratch_table(bank, written, 1 / TAU), tol.table)
 
 
-def run(case: Case, device: str) -> None:
-    history = History(case, device)
+def run(case: Case, kernels: Kernels) -> None:
+    history = History(case, kernels)
     history.fill()
     history.check_bank()
     for n in case.batches:
@@ -219,23 +224,19 @@ def run(case: Case, device: str) -> None:
     assert bank.query_offsets().norm(dim=-1).max() > 0.1
 
 
-def kernel_sets(case: Case) -> list[bool]:
-    return [True, False] if case.has_tensor_cores else [False]
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(
-    ("name", "tensor_cores"), [(name, on) for name, c in LARGE.items() for on in kernel_sets(c)]
+    ("name", "family"), [(name, family) for name, c in LARGE.items() for family in c.families()]
 )
-def test_sizes_of_real_encoders(name, tensor_cores, allow_tensor_cores):
-    allow_tensor_cores(tensor_cores)
-    run(LARGE[name], "cuda")
+def test_sizes_of_real_encoders(name, family, allow_kernels):
+    allow_kernels(family)
+    run(LARGE[name], Kernels("cuda", library=family == "library"))
     torch.cuda.empty_cache()  # the full matrices of the largest case take 10 GB
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_small_sizes(device, name):
-    run(replace(SMALL[name], room=50), device)
+    run(replace(SMALL[name], room=50), Kernels(device))
 
 
 def test_more_components_than_the_kernels_hold(device):

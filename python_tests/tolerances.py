@@ -33,13 +33,18 @@ largest |score| (Cauchy-Schwarz), w the row weight.
       scale w ((e_P + g(N) + 4 u) V + e_mean)
 - dp = scale w (sum_i P_i row_i - q): the same with a mass M of at most R for a column:
       scale w M ((e_P + g(R) + 4 u) V + e_mean)
-- Kernels on tensor cores round the weights P_ij that they multiply by, the target's apart, to the
-  bank's dtype: relative u_s, and below its normal numbers half its smallest subnormal t_s. Again
-  independent (Hoeffding): with Q the root of the largest sum of squared weights in a row, or in a
-  column, 1 and sqrt(R) at most, this adds to e_P
+- Kernels on tensor cores, and products by torch's library on CUDA, round the weights P_ij that they
+  multiply by, the target's apart, to the bank's dtype: relative u_s, and below its normal numbers
+  half its smallest subnormal t_s. Again independent (Hoeffding): with Q the root of the largest sum
+  of squared weights in a row, or in a column, 1 and sqrt(R) at most, this adds to e_P
       e_W = 6 (u_s Q + sqrt(N) t_s / 2), with R for N in dp
 - A gradient returned in a narrower type is rounded once more: u_in |x| + half its smallest
   subnormal.
+
+- Products by the library may round their operands, where torch is allowed to: tf32 has 10 bits
+  after the first, and what is cut off is below r = 2^-10 of a number. A product of two is then off
+  by 2 r + r^2 of itself: e_s grows by (2 r + r^2) S, in the loss and in the table, and e_P, for the
+  products with probabilities, by 2 r + r^2. Targets' scores are not among those products.
 
 In L2 the rows of dq are taken together (sqrt(n) times a row's bound), likewise the columns of dp,
 except that all of them share the mass R, and sqrt(R) for Q, since a row's sum is 1. That is sharper
@@ -93,8 +98,17 @@ class Bounds:
     dp_l2: float
 
 
-def bounds(s: Sizes, storage: torch.dtype, device: str | torch.device = "cpu") -> Bounds:
-    """The terms of the module's docstring, in its order, for a bank of that dtype and device."""
+@dataclass(frozen=True)
+class Kernels:
+    """What multiplies, besides the CPU's kernels."""
+
+    device: str | torch.device = "cpu"
+    library: bool = False  # torch's, wherever possible
+    operand: float = 0.0  # r, what the library may cut off an operand
+
+
+def bounds(s: Sizes, storage: torch.dtype, kernels: Kernels) -> Bounds:
+    """The terms of the module's docstring, in its order, for a bank of that dtype."""
     accumulation = accumulation_dtype(storage)
     u = torch.finfo(accumulation).eps / 2
     rows = s.n + s.filled
@@ -105,17 +119,20 @@ def bounds(s: Sizes, storage: torch.dtype, device: str | torch.device = "cpu") -
         return 6 * math.sqrt(k) * u
 
     e_mean = (g(s.n + 3 * s.averaged) + 30 * u) * s.norm if s.averaged else 0.0
-    e_plain = g(s.d + 3) * largest
+    e_operand = 2 * kernels.operand + kernels.operand**2
+    e_plain = (g(s.d + 3) + e_operand) * largest
     e_s = e_plain + s.scale * s.norm * e_mean
     stored = largest + math.log(columns)
     e_sum = 2 * u * largest + 4 * u + 5 * g(columns) + 6 * u * stored
     e_lse = e_s + e_sum
-    e_p = e_s + e_lse + 2 * u * largest + 4 * u
+    e_p = e_s + e_lse + 2 * u * largest + 4 * u + e_operand
     unit = s.scale * s.row_weight
     loss = rows * s.row_weight * (e_lse + e_s + 2 * u * stored)
 
     def e_w(spread: float, terms: int) -> float:
-        if torch.device(device).type == "cpu" or storage.itemsize > 2 or s.d % 8 or s.d > 1024:
+        if torch.device(kernels.device).type == "cpu" or storage.itemsize > 2:
+            return 0.0
+        if not kernels.library and (s.d % 8 or s.d > 1024):
             return 0.0
         kind = torch.finfo(storage)
         half_subnormal = kind.smallest_normal * kind.eps / 2

@@ -41,6 +41,9 @@ MUST_NOT_SPILL = [
     ("attend_mma<*, false, *>", "sm_[89]0"),
     ("finish_queries<*>", "*"),
     ("finish_passages<*>", "*"),
+    ("survey_scores<*>", "*"),
+    ("weigh_*", "*"),
+    ("keep_items<*>", "*"),
 ]
 
 

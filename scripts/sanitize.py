@@ -21,6 +21,8 @@ HISTORIES = (
     (4096, 384, 1, 128, torch.bfloat16, "none", 4, True),
     (2048, 768, 2, 8, torch.bfloat16, "mean", 3, True),  # mma.sync
     (100, 48, 1, 8, torch.float32, "mean", 14, True),  # portable, wrap-around
+    (2048, 512, 1, 128, torch.float32, "mean", 17, True),  # products by torch, wrap-around
+    (2050, 1100, 1, 128, torch.float16, "mean", 17, True),  # the same with a short last block
     (60, 33, 2, 5, torch.float64, "none", 14, True),
     (20, 16, 2, 30, torch.float32, "mean", 2, True),  # a batch larger than the bank
 )

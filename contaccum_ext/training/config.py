@@ -52,8 +52,13 @@ class TrainConfig:
         f"slots of the memory banks; auto = {AUTO_BANK_UPDATES} * n * K, at most the training set",
     )
     drift: str = _setting(
-        "mean", choice("none", "mean"), "correction of banked vectors for the model's movement"
+        "mean",
+        choice("none", "mean", "transport"),
+        "correction of banked vectors for the model's movement; transport encodes drift_probes "
+        "queries and as many passages once more after every update",
     )
+    drift_probes: int = _setting(64, integer(1), "of transport; more follow the model more closely")
+    drift_ridge: float = _setting(0.1, POSITIVE, "of transport; more trusts the probes less")
     row_weighting: str = _setting(
         "local", choice("local", "all"), "weight of a loss row: 1/n, or the paper's 1/(n+filled)"
     )

@@ -132,10 +132,14 @@ class Sampler:
         size = self._config.update_size
         return self._draws[position * size : (position + 1) * size]
 
-    def _draw_epoch(self, epoch: int) -> list[Draw]:
+    def probes(self, count: int) -> list[Draw]:
+        """`count` examples, or all there are, drawn apart from every epoch."""
+        return self._draw_epoch(-1, count)
+
+    def _draw_epoch(self, epoch: int, count: int | None = None) -> list[Draw]:
         generator = torch.Generator().manual_seed(self._config.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self._train), generator=generator).tolist()
-        return [self._draw(self._train[index], generator) for index in order]
+        return [self._draw(self._train[index], generator) for index in order[:count]]
 
     def _draw(self, example: TrainExample, generator: torch.Generator) -> Draw:
         def below(bound: int) -> int:

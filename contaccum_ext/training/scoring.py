@@ -11,6 +11,7 @@ from contaccum_ext.bank import DualMemoryBank
 from contaccum_ext.functional import contaccum_loss
 from contaccum_ext.training.diagnostics import BankAges, Look, look
 from contaccum_ext.training.positive_bank import positive_bank_loss
+from contaccum_ext.transport import BankTransport
 
 if TYPE_CHECKING:
     from contaccum_ext.training.config import TrainConfig
@@ -44,8 +45,11 @@ class Scoring:
                 dim,
                 passages_per_query=1 + config.hard_negatives * config.bank_hard_negatives,
                 device=device,
-                drift=config.drift,
+                drift="none" if config.drift == "transport" else config.drift,
             )
+        self.transport: BankTransport | None = None
+        if self.bank is not None and config.drift == "transport":
+            self.transport = BankTransport(self.bank, config.drift_ridge, config.normalize)
         self.ages = BankAges(0 if self.bank is None else self.bank.capacity)
         self.look: Look | None = None  # of the last micro-batch of this update, if it was wanted
         self._update = 0
@@ -98,12 +102,15 @@ class Scoring:
     def state_dict(self) -> dict[str, Any]:
         """All that later losses depend on."""
         bank = None if self.bank is None else self.bank.state_dict()
-        return {"bank": bank, "ages": self.ages.state()}
+        probes = {} if self.transport is None else self.transport.state_dict()
+        return {"bank": bank, "ages": self.ages.state(), "probes": probes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` gave."""
         if self.bank is not None:
             self.bank.load_state_dict(state["bank"])
+        if self.transport is not None:
+            self.transport.load_state_dict(state["probes"])
         self.ages.set_state(state["ages"])
 
     def _against_bank(self, queries: Tensor, passages: Tensor, passage_ids: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from contaccum_ext.training.optimization import (
     warmup_updates,
 )
 from contaccum_ext.training.precision import autocast_dtype, gradient_scaler
+from contaccum_ext.training.probes import Probes
 from contaccum_ext.training.random_state import random_state, seed_everything, set_random_state
 from contaccum_ext.training.run_directory import RunDirectory
 from contaccum_ext.training.run_log import RunLog
@@ -82,6 +83,7 @@ class Trainer:
             config.learning_rate, warmup_updates(self.total, config), self.total
         )
         self.optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
+        self.probes = self._choose_probes()
         self.done = 0  # updates, skipped ones among them
         self.skipped = 0
         if self.method.bank is not None:
@@ -149,6 +151,8 @@ class Trainer:
         may_skip = self.config.on_nonfinite == "skip"
         before = copy.deepcopy(scoring.state_dict()) if may_skip else None
         scoring.begin_update(self.done)
+        if self.done == 0:
+            self._follow()
         found = self.method.accumulate(self._encode, batches, self.scaler.scale)
         norms = None if found.non_finite else self._step()
         if norms is None:
@@ -159,6 +163,8 @@ class Trainer:
             self.skipped += 1
             if before is not None:
                 scoring.load_state_dict(before)
+        else:
+            self._follow()
         self.done += 1
 
         return UpdateMetrics(
@@ -177,6 +183,21 @@ class Trainer:
             peak_memory=peak_memory(self.device),
             **({} if norms is None or scoring.look is None else asdict(scoring.look)),
         )
+
+    def _choose_probes(self) -> Probes | None:
+        if self.method.scoring.transport is None:
+            return None
+        draws = self.sampler.probes(self.config.drift_probes)
+        return Probes(draws, self.collate, self.config.local_batch_size, self.device)
+
+    def _follow(self) -> None:
+        """Let the bank follow the weights as they are now."""
+        scoring = self.method.scoring
+        if self.probes is None or scoring.transport is None:
+            return
+        with self._autocast():
+            vectors = self.probes.encode(self.model)
+        scoring.transport(*(v.to(self.method.loss_device) for v in vectors))
 
     def _step(self) -> GradientNorms | None:
         """Clip and apply the gradients; None where they are not finite and nothing was done."""
@@ -234,9 +255,12 @@ class Trainer:
         ]
 
     def _encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        dtype = autocast_dtype(self.config)
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+        with self._autocast():
             return self.model(batch)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = autocast_dtype(self.config)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def _save(self, path: Path, state: dict[str, Any] | None = None) -> None:
         save_checkpoint(

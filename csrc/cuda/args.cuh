@@ -97,6 +97,7 @@ struct Args {
   float* passage_mass;    // (1 + offset_blocks, n * m)
   Bf16* passage_offsets;  // (1 + offset_blocks, m, d)
   Bf16* query_offsets;    // (1 + offset_blocks, d)
+  void* library;          // what launch_library.cu shares out
   A* group_part;          // (2, groups + 1, rows): new rows over the groups of head's block and the
                           // next; the last entry is what of a group head has yet to overwrite
   A* strip_part;          // (blocks, strips, rows): over the strips of other blocks

@@ -10,7 +10,7 @@ inline int64_t ceil_div(int64_t x, int64_t unit) { return (x + unit - 1) / unit;
 
 constexpr int64_t kMmaBankTile = 32;  // MmaTile::kBank, for those who do not see the kernels
 
-bool tensor_cores_allowed();
+bool kernels_allowed(KernelFamily family);
 
 // Local vectors of a thread block, in eights.
 inline int mma_n_tiles(int64_t d, int64_t locals) {
@@ -18,15 +18,21 @@ inline int mma_n_tiles(int64_t d, int64_t locals) {
   return locals <= 8 ? 1 : locals <= 16 ? 2 : most;
 }
 
+// For the kernels of the table's entries, which stream d, that is all.
 template <class S>
-bool takes_tensor_cores(const CudaStep& step) {
-  if (sizeof(S) != 2 || step.layout.d % 8 != 0 || step.layout.d > 1024) return false;
-  if (step.device.compute_capability < 80 || !tensor_cores_allowed()) return false;
+bool takes_entries_mma(const CudaStep& step) {
+  if (sizeof(S) != 2 || step.layout.d % 8 != 0) return false;
+  if (step.device.compute_capability < 80 || !kernels_allowed(kTensorCoreKernels)) return false;
   const void* used[] = {step.batch.queries, step.batch.passages, step.state.queries,
                         step.state.passages};
   for (const void* p : used)
     if (reinterpret_cast<uintptr_t>(p) % 16 != 0) return false;
   return true;
+}
+
+template <class S>
+bool takes_tensor_cores(const CudaStep& step) {
+  return takes_entries_mma<S>(step) && step.layout.d <= 1024;
 }
 
 // Below this many slots, thread blocks of 128 rows leave most of a large device idle.

@@ -161,15 +161,6 @@ __device__ void combine_row(const Args<S>& a, int64_t slot, const RowSums<Acc<S>
   a.row(kRowLse)[slot] = lse.value();
 }
 
-// Add an entry with no branch, so that neither loads nor exponentials wait for the sum before them.
-template <class A>
-__device__ __forceinline__ void add_entry(Lse<A>& lse, A entry) {
-  const A top = entry > lse.max ? entry : lse.max;
-  const A from = top == minus_infinity<A>() ? A(0) : top;  // -inf minus -inf would be NaN
-  lse.sum = lse.sum * exp_(lse.max - from) + exp_(entry - from);
-  lse.max = top;
-}
-
 // Sum of count entries that lie `stride` apart, kAtOnce read together: one wait, not one each.
 template <int kAtOnce = 8, class A>
 __device__ Lse<A> sum_entries(const A* entries, int count, int64_t stride) {

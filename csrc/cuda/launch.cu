@@ -14,10 +14,10 @@ template <class S>
 const char* launch_step(const CudaStep& step, void* scratch, cudaStream_t stream);
 
 namespace {
-std::atomic<bool> tensor_cores{true};
+std::atomic<unsigned> allowed{kPortableKernels | kTensorCoreKernels | kLibraryKernels};
 }
-bool tensor_cores_allowed() { return tensor_cores; }
-void cuda_allow_tensor_cores(bool allow) { tensor_cores = allow; }
+bool kernels_allowed(KernelFamily family) { return allowed & family; }
+void cuda_allow_kernels(unsigned families) { allowed = families; }
 
 size_t cuda_scratch_bytes(const CudaStep& step) {
   switch (step.storage) {
@@ -57,6 +57,7 @@ const char* cuda_step(const CudaStep& step, void* scratch, void* stream) {
 
 const char* cuda_device(int index, CudaDevice* device) {
   int major = 0, minor = 0;
+  device->index = index;
   const struct {
     cudaDeviceAttr attribute;
     int* value;

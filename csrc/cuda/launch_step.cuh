@@ -5,34 +5,19 @@
 
 #include <algorithm>
 
+#include "arena.h"
 #include "attend.cuh"
 #include "attend_mma.h"
 #include "attend_sm90a.h"
 #include "entries.cuh"
 #include "entries_mma.h"
 #include "launch.h"
+#include "library.h"
 #include "offsets.cuh"
 #include "reduce.cuh"
 #include "rows.cuh"
 
 namespace contaccum {
-
-// Scratch memory in the order in which it is asked for; with a null base only its size counts.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    const size_t at = size_;
-    size_ += ceil_div(count * sizeof(T), 256) * 256;
-    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
-  }
-  size_t size() const { return size_; }
-
- private:
-  char* base_;
-  size_t size_ = 0;
-};
 
 constexpr int64_t kPartialBytes = 14 << 20;  // of the sums of all splits, if more than one
 constexpr int64_t kUnitBytes = 1 << 20;      // of unit_lse where finer units are worth it
@@ -94,6 +79,7 @@ int row_blocks(const CudaStep& step) {
     const int64_t pairs = ceil_div(rows, 4 * kBoxRows);
     return 2 * int(std::min<int64_t>(pairs, step.device.multiprocessors / 2));
   }
+  if (takes_library<S>(step)) return int(ceil_div(rows, kRowsLibrary));
   return int(ceil_div(rows, takes_rows_mma<S>(step) ? kRowsMma : kRowWarps * kTileRows<Acc<S>>));
 }
 
@@ -170,6 +156,13 @@ Args<S> arrange(const CudaStep& step, Arena& arena) {
     a.gradient_local = 0;
     a.gradient_bank = gradient_splits;
   }
+  const bool library = takes_library<S>(step);
+  if (library) {  // which adds up everything itself
+    a.local_splits = a.gradient_local = 1;
+    a.bank_splits = a.gradient_bank = 0;
+    a.unit_slots = int(plan_library(step).unit_slots);
+    a.parts = Divisor(int(ceil_div(y.block, a.unit_slots)));
+  }
   a.row_blocks = a.banked_rows || a.incremental ? row_blocks<S>(step) : 0;
 
   const int64_t splits = a.local_splits + a.bank_splits;  // at most kMaxSplits + 1
@@ -201,6 +194,7 @@ Args<S> arrange(const CudaStep& step, Arena& arena) {
                                 passage_places * a.place_size(columns, a.passage_slice));
   a.part_out = arena.take<A>(a.with_grad ? sums : 0);
   a.unit_lse = arena.take<A>(a.incremental ? int64_t(a.blocks) * a.parts * n : 0);
+  a.library = arena.take<char>(library ? library_bytes<S>(step) : 0);
   return a;
 }
 
@@ -212,7 +206,7 @@ inline int64_t touched_blocks(const Layout& y, int64_t n) {
 // Columns that a thread block scores at once for the table; 0 without tensor cores.
 template <class S>
 int64_t columns_of_entries(const CudaStep& step, int64_t rows, int64_t slots) {
-  return takes_tensor_cores<S>(step) ? entry_columns(step.device, rows, slots * step.layout.m) : 0;
+  return takes_entries_mma<S>(step) ? entry_columns(step.device, rows, slots * step.layout.m) : 0;
 }
 template <class S>
 int64_t columns_of_batch(const CudaStep& step) {  // blocks that it touches are mostly head's
@@ -268,22 +262,32 @@ class Launcher {
 
   // Null, or what went wrong.
   const char* run() {
+    const bool library = takes_library<S>(step_);
+    const int64_t columns = int64_t(a_.n) * a_.m;
     const auto flags = reinterpret_cast<char*>(a_.query_done);
     if (a_.with_grad && (a_.query_slice || a_.passage_slice))
       cudaMemsetAsync(flags, 0, reinterpret_cast<char*>(a_.part_max) - flags, stream_);
-    if (step_.options.rebuild == Rebuild::table) rebuild(Entries::before);
-    if (step_.options.rebuild == Rebuild::window && a_.capacity > 0)
-      sum_window<S><<<ceil_div(a_.capacity, kThreads), kThreads, 0, stream_>>>(a_);
-    const int64_t columns = int64_t(a_.n) * a_.m;
     if constexpr (sizeof(S) == 2)
       if (a_.query_bias != nullptr) prepare();
-    attend(true, a_.local_splits + a_.bank_splits, a_.n);
+    if (library)
+      launch_library_queries<S>(a_, step_, stream_);
+    else
+      attend(true, a_.local_splits + a_.bank_splits, a_.n);
     if (sum_columns_of(a_.n) == kFewColumns)
       end_queries<kFewColumns>();
     else
       end_queries<kManyColumns>();
-    if (a_.row_blocks > 0) score_rows();
-    if (a_.with_grad) attend(false, a_.gradient_local + a_.gradient_bank, columns);
+    // Here and not first: where a product throws, the table is as it was.
+    if (step_.options.rebuild == Rebuild::table) rebuild(Entries::before);
+    if (step_.options.rebuild == Rebuild::window && a_.capacity > 0)
+      sum_window<S><<<ceil_div(a_.capacity, kThreads), kThreads, 0, stream_>>>(a_);
+    if (library) {
+      launch_library_rows<S>(a_, step_, stream_);
+      if (a_.incremental) keep_what_exceeds(plan_library(step_));
+    } else {
+      if (a_.row_blocks > 0) score_rows();
+      if (a_.with_grad) attend(false, a_.gradient_local + a_.gradient_bank, columns);
+    }
     if (sum_columns_of(columns) == kFewColumns)
       end_passages<kFewColumns>(columns);
     else
@@ -355,6 +359,12 @@ class Launcher {
       if (takes_rows_mma<S>(step_)) return launch_rows_mma<S>(a_, step_.device, stream_);
     }
     banked_rows<S, V><<<a_.row_blocks, kRowThreads, 0, stream_>>>(a_);
+  }
+
+  void keep_what_exceeds(const LibraryPlan& plan) {
+    if (!may_exceed(plan, step_.layout)) return;
+    const int64_t blocks = ceil_div(a_.capacity, kRowWarps * T);
+    keep_many_groups<S, V><<<blocks, kRowThreads, 0, stream_>>>(a_, int(plan.max_items));
   }
 
   // Rows from first_row on against head's block, the next and `blocks` others.

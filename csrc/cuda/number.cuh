@@ -29,6 +29,11 @@ __device__ __forceinline__ double to_acc(double x) { return x; }
 __device__ __forceinline__ float to_acc(Bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_acc(F16 x) { return __half2float(x); }
 
+__device__ __forceinline__ void round_to(float x, float& to) { to = x; }
+__device__ __forceinline__ void round_to(double x, double& to) { to = x; }
+__device__ __forceinline__ void round_to(float x, Bf16& to) { to = __float2bfloat16(x); }
+__device__ __forceinline__ void round_to(float x, F16& to) { to = __float2half(x); }
+
 template <class S, int V>
 struct alignas(sizeof(S) * V > 16 ? 16 : sizeof(S) * V) Pack {
   S x[V];

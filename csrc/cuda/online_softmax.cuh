@@ -64,6 +64,15 @@ struct Lse {
   }
 };
 
+// Add an entry with no branch, so that neither loads nor exponentials wait for the sum before them.
+template <class A>
+__device__ __forceinline__ void add_entry(Lse<A>& lse, A entry) {
+  const A top = entry > lse.max ? entry : lse.max;
+  const A from = top == minus_infinity<A>() ? A(0) : top;  // -inf minus -inf would be NaN
+  lse.sum = lse.sum * exp_(lse.max - from) + exp_(entry - from);
+  lse.max = top;
+}
+
 template <class A>
 __device__ __forceinline__ A warp_max(A x) {
 #pragma unroll

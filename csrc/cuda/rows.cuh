@@ -3,12 +3,13 @@
 // - A warp holds kTileRows neighbouring rows and walks over the columns, one score a lane, each
 //   lane with its own online sums: nothing is shared and nothing waits until a range ends.
 // - Scores against the local columns are also what enqueueing adds to the table; the groups that
-//   upkeep needs come after them, in the order of csrc/cpu/plan.cpp.
+//   upkeep needs come after them.
 // - What depends on all groups of a row is left to survivors() in entries.cuh.
 #pragma once
 
 #include "online_softmax.cuh"
 #include "ring.cuh"
+#include "upkeep.cuh"
 #include "warp_tile.cuh"
 
 namespace contaccum {
@@ -72,6 +73,20 @@ class BankedRows {
     return double(lse) - double(a.row(kPositive)[slot]);
   }
 
+  // What the table's upkeep needs of the rows.
+  __device__ void keep_groups() {
+    const Upkeep<S> upkeep(ring);
+    for (int i = 0; i < upkeep.count(); ++i) {
+      const UpkeepItem item = upkeep.item(i);
+      const A lse = banked_columns(item.begin, item.end);
+      if (!leader) continue;
+      if (item.group < 0)
+        a.row(kOldLse)[slot] = lse;
+      else
+        a.group_lse[int64_t(item.group) * a.capacity + slot] = lse;
+    }
+  }
+
  private:
   __device__ void local_columns(int column, int end, bool offsets, Lse<A>& plain, Lse<A>& biased) {
     const int mine = column + lane_local<A>();
@@ -109,31 +124,6 @@ class BankedRows {
     return lse.value();
   }
 
-  __device__ void keep_group(int b, int k) {
-    const int end = min(ring.block_end(b), ring.fill), begin = b * a.block + k * a.group;
-    const A lse = banked_columns(min(begin, end), min(begin + a.group, end));
-    if (leader) a.group_lse[int64_t(k) * a.capacity + slot] = lse;
-  }
-
-  __device__ void keep_groups() {
-    const Ring<S> next = ring.after();
-    const int current = next.block(), done = ring.passed_groups();
-    const int passed = next.passed_groups(), first_old = next.first_old();
-    const bool crosses = ring.crosses();
-    if (crosses)  // groups of the block that head has entered, ahead of it
-      for (int k = max(first_old, ring.next_block() == current ? done : 0); k < a.groups; ++k)
-        keep_group(current, k);
-    for (int k = crosses ? 0 : done; k < passed; ++k)  // groups of the block after it
-      keep_group(next.next_block(), k);
-    A rest = minus_infinity<A>();
-    if (passed != first_old) {
-      const int end = min(ring.block_end(current), ring.fill);
-      rest =
-          banked_columns(min(next.head, end), min(current * a.block + (passed + 1) * a.group, end));
-    }
-    if (leader) a.row(kOldLse)[slot] = rest;
-  }
-
   const Args<S>& a;
   const Ring<S>& ring;
   const int first, slot;  // the warp's first row, the lane's row
@@ -159,6 +149,16 @@ __global__ void __launch_bounds__(kRowThreads) banked_rows(const Args<S> a) {
   if (threadIdx.x != 0) return;
   for (int w = 1; w < kRowWarps; ++w) losses[0] += losses[w];
   a.losses[a.n + blockIdx.x] = losses[0];
+}
+
+// The groups alone, in a step that needs more of them than `most`: those are products' to keep
+// otherwise, see library.h. Grid (C / rows of a thread block).
+template <class S, int V>
+__global__ void __launch_bounds__(kRowThreads) keep_many_groups(const Args<S> a, int most) {
+  const Ring<S> ring(a, a.position);
+  if (Upkeep<S>(ring).count() <= most || !batch_is_finite(a)) return;
+  const int first = (blockIdx.x * kRowWarps + threadIdx.x / 32) * kTileRows<Acc<S>>;
+  if (first < ring.fill) BankedRows<S, V>(a, ring, first).keep_groups();
 }
 
 }  // namespace contaccum

@@ -15,11 +15,6 @@ namespace {
 constexpr int kScaleThreads = 256;
 constexpr int kVector = 4;  // floats read at once: 16 bytes, the widest access there is
 
-__device__ __forceinline__ void round_to(float x, float& to) { to = x; }
-__device__ __forceinline__ void round_to(double x, double& to) { to = x; }
-__device__ __forceinline__ void round_to(float x, Bf16& to) { to = __float2bfloat16(x); }
-__device__ __forceinline__ void round_to(float x, F16& to) { to = __float2half(x); }
-
 template <class A>
 __device__ __forceinline__ A read_factor(const void* from, Storage kind) {
   switch (kind) {

@@ -18,9 +18,8 @@ class WeighHopper {
   static constexpr bool kQuerySide = kSide != Side::passages;
   using Shared = HopperShared<T>;
   static constexpr int kScores = 32, kMine = 16;
-  static constexpr float kRoom = 8;
   // Weights at the reference are 2^kShift: a half keeps its bits down to 2^-14 and ends at 2^16.
-  static constexpr float kShift = weight_shift<S>(kSide);
+  static constexpr float kRoom = 8, kShift = weight_shift<S>(kSide);
 
  public:
   __device__ __forceinline__ WeighHopper(const Args<S>& args, const Ring<S>& r, Shared& shared,
@@ -38,9 +37,8 @@ class WeighHopper {
 
   __device__ __forceinline__ void run() {
     if (thread < T::kLocal) {
-      const int l = first + thread;
-      sh.local_id[thread] =
-          a.masked() && l < total ? a.local_ids[kQuerySide ? int64_t(l) * a.m : l] : -1;
+      const int64_t l = first + thread;
+      sh.local_id[thread] = a.masked() && l < total ? a.local_ids[kQuerySide ? l * a.m : l] : -1;
       sh.reference[0][thread] = sh.reference[1][thread] = minus_infinity<float>();
     }
     sync();

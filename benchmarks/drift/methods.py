@@ -1,0 +1,35 @@
+"""The corrections by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.drift import corrections, guards, transport
+
+CORRECTIONS: dict[str, Callable[..., corrections.Correction]] = {
+    "none": corrections.Correction,
+    "oracle": corrections.Oracle,
+    "mean": corrections.Mean,
+    "mean-all": corrections.MeanAll,
+    "moments": corrections.Moments,
+    "age": corrections.Age,
+    "refresh": corrections.Refresh,
+    "guard": guards.Guard,
+    "follow": guards.Follow,
+    "project": guards.Project,
+    "transport": transport.Transport,
+    "transport-batch": transport.TransportBatch,
+    "transport-mean": transport.TransportMean,
+}
+
+
+def make(name: str, context: corrections.Context, options: dict) -> corrections.Correction:
+    """The correction of that name.
+
+    Raises:
+        ValueError: there is none of that name.
+        TypeError: it has no such option.
+    """
+    if name not in CORRECTIONS:
+        raise ValueError(f"correction: expected one of {tuple(CORRECTIONS)}, got {name!r}")
+    return CORRECTIONS[name](context, **options)

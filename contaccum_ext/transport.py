@@ -1,0 +1,234 @@
+"""Transport of a bank: what an optimizer step does to a few probes is done to all that is banked.
+
+Probes are texts that are encoded again after every step. A ridge regression of their displacement
+says where the step has taken the other vectors of the same encoder, those in the bank among them.
+It needs no texts of the bank and no pass over it but one product with a (d, d) matrix an update.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from contaccum_ext import validation
+from contaccum_ext.bank import DualMemoryBank
+
+_CHUNK = 1 << 16  # vectors moved at once: bounds the memory beside the bank
+
+
+@dataclass(frozen=True)
+class Displacement:
+    """The affine map v -> v + shift + (v - centre) slope that takes probes from old to new."""
+
+    centre: Tensor  # (d,)
+    shift: Tensor  # (d,)
+    slope: Tensor  # (d, d)
+    error: Tensor  # (): how far off it is for a text that is no probe, in spreads of the new probes
+
+    @classmethod
+    def fit(cls, old: Tensor, new: Tensor, ridge: float) -> Displacement:
+        """Fit the map to probes.
+
+        With E = old less its mean, D = (new - old) less its mean and G = E E^T (R, R), the slope is
+        E^T (G + ridge tr(G) / R)^-1 D: of all maps that explain the displacements about as well,
+        the one that moves other directions least. Its error is that of leaving each probe out in
+        turn, which takes no other fits: the root mean square of e_i / (1 - h_i), e the residuals
+        and h the leverages.
+
+        Args:
+            old, new: (R, d) the same texts before and after a step.
+            ridge: in units of the mean eigenvalue of G; larger trusts the probes less.
+        """
+        # float64: G is nearly singular, and TF32 would drown what is small in it.
+        old, moved = old.double(), new.double() - old.double()
+        centre, shift = old.mean(0), moved.mean(0)
+        spread = old - centre
+        gram = spread @ spread.T
+        tiny = torch.finfo(gram.dtype).tiny  # for probes that are all alike
+        strength = ridge * gram.diagonal().mean() + tiny
+        identity = torch.eye(len(old), dtype=gram.dtype, device=gram.device)
+        factor, _ = torch.linalg.cholesky_ex(gram + strength * identity)
+        weights = torch.cholesky_solve(moved - shift, factor)
+        slope = spread.T @ weights
+        # 1 - h_i; the mean, too, is fitted. Two probes leave nothing to tell from.
+        free = strength * torch.cholesky_inverse(factor).diagonal() - 1 / len(old)
+        left_out = strength * weights / free.clamp(min=1e-9).unsqueeze(1)
+        size = new.double().var(0, correction=0).sum().sqrt() + tiny
+        return cls(centre, shift, slope, left_out.square().sum(1).mean().sqrt() / size)
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """(..., d) moved, in float32 where the vectors are narrower."""
+        x = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+        centre, shift, slope = (t.to(x) for t in (self.centre, self.shift, self.slope))
+        return x + shift + (x - centre) @ slope
+
+
+@torch.no_grad()
+def transport(
+    bank: DualMemoryBank,
+    old_queries: Tensor,
+    new_queries: Tensor,
+    old_passages: Tensor,
+    new_passages: Tensor,
+    *,
+    ridge: float = 0.1,
+    normalize: bool = True,
+) -> Tensor:
+    """Move all banked vectors as an optimizer step has moved the probes.
+
+    Equivalent to fitting a :class:`Displacement` to each side's probes and replacing each banked
+    query and passage by its image. The table is rebuilt when the bank is next used, in O(F^2):
+    once an update, not once a micro-batch.
+
+    Args:
+        bank: with drift="none": transport takes the place of the other corrections.
+        old_queries, new_queries: (R, d) probes encoded before and after the step, R >= 1. Without
+            dropout: what it changes is no displacement.
+        old_passages, new_passages: (R', d) or (R', m, d).
+        ridge: see ``Displacement.fit``.
+        normalize: bring moved vectors to length 1, for encoders that do so.
+
+    Returns:
+        () the larger of the two ``Displacement.error``: how far moved vectors may be off, in
+        spreads.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came. The bank is
+            unchanged then.
+    """
+    validation.instance("bank", bank, DualMemoryBank)
+    if bank.drift != "none":
+        raise ValueError(f"bank: expected drift='none' to be transported, got {bank.drift!r}")
+    ridge = validation.positive("ridge", ridge)
+    pairs = [
+        _pair(bank, "queries", old_queries, new_queries),
+        _pair(bank, "passages", old_passages, new_passages),
+    ]
+    fields = [Displacement.fit(old, new, ridge) for old, new in pairs]
+    filled = torch.arange(bank.capacity, device=bank.cursor.device) < bank.cursor[1]
+    for field, vectors in zip(fields, (bank.bank_queries, bank.bank_passages), strict=True):
+        for begin in range(0, bank.capacity, _CHUNK):
+            part = slice(begin, begin + _CHUNK)
+            moved = field(vectors[part])
+            if normalize:
+                moved = nn.functional.normalize(moved, dim=-1)
+            there = filled[part].view(-1, *[1] * (vectors.dim() - 1))
+            vectors[part] = torch.where(there, moved.to(vectors.dtype), vectors[part])
+    bank.vectors_changed()
+    return torch.stack([field.error for field in fields]).max()
+
+
+def _pair(bank: DualMemoryBank, name: str, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    for side, tensor in (("old", old), ("new", new)):
+        validation.instance(f"{side}_{name}", tensor, Tensor)
+        if tensor.dim() not in (2, 3) or tensor.shape[-1] != bank.dim or tensor.numel() == 0:
+            raise ValueError(
+                f"{side}_{name}: expected shape (probes, {bank.dim}), got {tuple(tensor.shape)}"
+            )
+        if tensor.device != bank.cursor.device:
+            raise ValueError(
+                f"{side}_{name}: expected device {bank.cursor.device}, got {tensor.device}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{side}_{name}: expected finite values")
+    if old.shape != new.shape:
+        raise ValueError(
+            f"new_{name}: expected the probes of old_{name}, shape {tuple(old.shape)}, got "
+            f"{tuple(new.shape)}"
+        )
+    return old.detach().flatten(0, -2), new.detach().flatten(0, -2)
+
+
+class BankTransport:
+    """Transports a bank from one optimizer step to the next, and leaves out what it cannot follow.
+
+    Call it with the probes' vectors after every step, and once before the first::
+
+        follow = BankTransport(bank)
+        follow(encode(probe_queries), encode(probe_passages))  # without gradients and dropout
+        ...
+        optimizer.step()
+        follow(encode(probe_queries), encode(probe_passages))
+
+    The errors of the maps that a slot has been through add up to its staleness. Slots beyond the
+    limit are left out by the bank's window: they cost nothing and come back when it widens, which
+    it does once the model moves more slowly.
+
+    Args:
+        bank, ridge, normalize: see :func:`transport`.
+        limit: staleness in use, in spreads of fresh vectors; None sets no window.
+    """
+
+    def __init__(
+        self,
+        bank: DualMemoryBank,
+        ridge: float = 0.1,
+        normalize: bool = True,
+        limit: float | None = None,
+    ) -> None:
+        self.bank, self.ridge, self.normalize = bank, ridge, normalize
+        self.limit = None if limit is None else validation.positive("limit", limit)
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._head = 0
+        self._written: list[int] = []  # slots, by updates, the last first
+        self._stale: list[float] = []  # theirs
+
+    def __call__(self, queries: Tensor, passages: Tensor) -> None:
+        """Take the probes as they are now: queries (R, d), passages (R', d) or (R', m, d)."""
+        now = (queries.detach().clone(), passages.detach().clone())
+        if self._last is not None:
+            (old_queries, old_passages), (new_queries, new_passages) = self._last, now
+            error = transport(
+                self.bank,
+                old_queries,
+                new_queries,
+                old_passages,
+                new_passages,
+                ridge=self.ridge,
+                normalize=self.normalize,
+            )
+            self._age(float(error))
+        self._head = int(self.bank.cursor[0])
+        self._last = now
+
+    @property
+    def staleness(self) -> float:
+        """Of the oldest slot in use, in spreads of fresh vectors; 0 before the first step."""
+        used = [s for s in self._stale if self.limit is None or s <= self.limit]
+        return max(used, default=self._stale[0] if self._stale else 0.0)
+
+    def _age(self, error: float) -> None:
+        bank = self.bank
+        # A full lap leaves head where it was; so does an update that wrote nothing.
+        written = (int(bank.cursor[0]) - self._head) % bank.capacity or bank.capacity
+        self._written.insert(0, min(written, len(bank)))
+        self._stale = [s + error for s in [0.0, *self._stale]]
+        while sum(self._written[:-1]) >= bank.capacity:
+            self._written.pop()
+            self._stale.pop()
+        if self.limit is None:
+            return
+        fresh = [
+            w
+            for w, s in zip(self._written, self._stale, strict=True)
+            if s <= self.limit or s == self._stale[0]  # what the last update wrote, at least
+        ]
+        window = sum(fresh)
+        bank.window = window if window < bank.capacity else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The probes' last vectors and the bank's staleness."""
+        if self._last is None:
+            return {}
+        ages = {"head": self._head, "written": self._written[:], "stale": self._stale[:]}
+        return {"queries": self._last[0], "passages": self._last[1], **ages}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what ``state_dict`` gave."""
+        device = self.bank.cursor.device
+        self._last = (state["queries"].to(device), state["passages"].to(device)) if state else None
+        self._head = state.get("head", 0)
+        self._written, self._stale = state.get("written", [])[:], state.get("stale", [])[:]

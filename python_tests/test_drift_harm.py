@@ -1,0 +1,74 @@
+"""What is made of rows beyond tables: rank correlations, and the figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.drift import cli, harm, rows, tables
+from benchmarks.drift.report import brief
+from benchmarks.drift.settings import Setting, from_row
+
+ROOT = Path(__file__).parents[1]
+
+
+def line(update: int, spread: float, window: float = 9.0) -> dict:
+    """A line of a trace with one sign that varies; the last age is out of a window below 4."""
+    by_age = {name: [0.0, 0.0, 0.0] for name in (
+        "residual_query", "residual_passage", "systematic_query", "systematic_passage",
+        "shift_query", "shift_passage", "score_gap", "hardness")}  # fmt: skip
+    return {"update": update, "ages": [0, 2, 4], "window": window, **by_age, "mass": [1.0] * 3,
+            "score_spread": [1.0, 1.0, spread]}  # fmt: skip
+
+
+def row(setting: Setting, ndcg: float, trace: list[dict]) -> rows.Row:
+    return {"key": setting.key, "label": setting.label, "setting": vars(setting),
+            "test_ndcg10": ndcg, "trace": trace}  # fmt: skip
+
+
+def bank(size: int, correction: str = "none", **changes) -> Setting:
+    return Setting("squad_sent", bank=size, correction=correction, **changes)
+
+
+def test_harm_is_counted_against_the_plain_bank_of_an_update():
+    done = [
+        row(bank(128), 0.70, []),
+        row(bank(128, seed=2), 0.68, []),
+        row(bank(1024, "mean"), 0.69, [line(40, 1.0)]),
+        row(bank(4096, "mean"), 0.68, [line(40, 0.9), line(80, 1.0)]),
+        row(bank(8192, "mean"), 0.60, [line(4, 0.01), line(40, 0.5)]),  # too early to count
+        row(bank(8192, "guard"), 0.60, [line(40, 0.5, window=3.0)]),  # not in its window
+        row(bank(1024, learning_rate=1e-3), 0.1, [line(40, 0.5)]),  # nothing to compare with
+    ]
+    lines = harm.harm(done).splitlines()
+    assert "central (4 runs)" in lines[0] and "all (4 runs)" in lines[0]
+    # Harms 0, .01, .09, .09 and signs 0, .1, .7, 0: ranks 0 1 2.5 2.5 and .5 2 3 .5.
+    assert lines[2].split("|")[2].strip() == "0.39"  # 1.75 / 4.5
+    fixed = next(x for x in lines if "fixed bank, central" in x).split("|")
+    assert [x.strip() for x in fixed[2:7]] == ["1 of 2", "-", "-", "1 of 1", "-"]
+    assert "1 of 1" in next(x for x in lines if "guarded" in x)
+
+
+def test_the_commands_print_and_draw(tmp_path, capsys):
+    settings = [bank(128), bank(1024), bank(1024, "mean")]
+    for setting, spread in zip(settings, (1.0, 0.3, 0.9), strict=True):
+        rows.append(tmp_path / "rows.jsonl", row(setting, 0.5, [line(40, spread), line(80, 1.0)]))
+    assert cli.main(["harm", "--rows", str(tmp_path / "rows.jsonl")]) == 0
+    assert "softmax mass" in capsys.readouterr().out
+    picture = tmp_path / "drift.png"
+    assert cli.main(["figure", "--rows", str(tmp_path / "rows.jsonl"), "--out", str(picture)]) == 0
+    assert picture.read_bytes()[1:4] == b"PNG"
+
+
+def test_equal_values_share_a_rank():
+    assert harm._ranks([3.0, 1.0, 3.0, 2.0]).tolist() == pytest.approx([2.5, 0, 2.5, 1])
+
+
+def test_the_page_holds_what_the_rows_give():
+    done = rows.finished(ROOT / "benchmarks/results/drift/rows.jsonl")
+    assert all(from_row(found["setting"]).key == key for key, found in done.items())
+    page = (ROOT / "docs/drift.md").read_text()
+    for name in ("central", "ideas", "guards", "rates", "start", "dot"):
+        assert brief(tables.settings([name]), done, tables.BASELINE) in page, name
+    assert all(part in page for part in harm.harm(list(done.values())).split("\n\n"))

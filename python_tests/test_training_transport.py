@@ -1,0 +1,99 @@
+"""The trainer lets its bank follow the encoders: the probes, the state, what is left alone."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from tiny_retriever import assert_same_weights, weights
+from trainer_parts import make_trainer as make_resting_trainer
+
+import contaccum_ext as ca
+
+SETTINGS = {"drift": "transport", "drift_probes": 10, "bank_size": 24, "drift_ridge": 0.2}
+
+
+@pytest.fixture
+def two_towers(tmp_path_factory):
+    from tiny_retriever import write_tiny_encoder
+
+    return write_tiny_encoder(tmp_path_factory.mktemp("model"), dropout=0.1)
+
+
+def make_trainer(start, output, **settings):
+    trainer = make_resting_trainer(start, output, **settings)
+    trainer.model.train()  # dropout on
+    return trainer
+
+
+def vectors(trainer) -> tuple[torch.Tensor, torch.Tensor]:
+    return trainer.probes.encode(trainer.model)
+
+
+def test_the_bank_is_moved_as_the_probes_have_been_by_the_step(two_towers, tmp_path, monkeypatch):
+    trainer = make_trainer(two_towers, tmp_path, **SETTINGS)
+    trainer.update()
+    before = vectors(trainer)
+    at_step = {}
+
+    def step():
+        at_step["bank"] = copy.deepcopy(trainer.method.bank)
+        return type(trainer)._step(trainer)
+
+    monkeypatch.setattr(trainer, "_step", step)
+    trainer.update()
+    now, bank = vectors(trainer), at_step["bank"]
+    ca.transport(bank, before[0], now[0], before[1], now[1], ridge=0.2, normalize=True)
+    moved = trainer.method.bank
+    torch.testing.assert_close(moved.queries(), bank.queries(), rtol=0, atol=0)
+    torch.testing.assert_close(moved.passages(), bank.passages(), rtol=0, atol=0)
+    assert not torch.equal(before[0], now[0])
+
+
+def test_probes_are_as_many_passages_as_queries_without_dropout(two_towers, tmp_path):
+    trainer = make_trainer(two_towers, tmp_path, **SETTINGS)
+    state = torch.get_rng_state()
+    queries, passages = vectors(trainer)
+    assert (len(queries), len(passages)) == (10, 10)
+    torch.testing.assert_close((queries, passages), vectors(trainer), rtol=0, atol=0)
+    assert trainer.model.training and torch.equal(torch.get_rng_state(), state)
+
+
+def test_following_spends_no_random_numbers(two_towers, tmp_path):
+    states = []
+    for drift in ("transport", "none"):
+        trainer = make_trainer(two_towers, tmp_path / drift, **SETTINGS | {"drift": drift})
+        trainer.update()
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_a_resumed_run_ends_with_the_same_bits(two_towers, tmp_path):
+    whole = make_trainer(two_towers, tmp_path / "whole", max_updates=4, **SETTINGS)
+    whole.train(progress=False)
+    first = make_trainer(two_towers, tmp_path / "part", max_updates=4, **SETTINGS)
+    for _ in range(2):
+        first.update()
+    state = copy.deepcopy(first.state_dict())  # before another trainer seeds
+    second = make_trainer(two_towers, tmp_path / "part", max_updates=4, **SETTINGS)
+    second.model.load_state_dict(first.model.state_dict())
+    second.load_state_dict(state)
+    for _ in range(2):
+        second.update()
+    assert_same_weights(weights(second.model), weights(whole.model))
+    ours, theirs = second.method.bank.state_dict(), whole.method.bank.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_skipped_update_moves_nothing(two_towers, tmp_path):
+    trainer = make_trainer(two_towers, tmp_path, on_nonfinite="skip", **SETTINGS)
+    trainer.update()
+    before = trainer.method.bank.queries()
+    broken = trainer.method.accumulate
+    trainer.method.accumulate = lambda *a: type(broken(*a))(float("nan"), 0.0, (0,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.update()
+    torch.testing.assert_close(trainer.method.bank.queries(), before, rtol=0, atol=0)
