@@ -33,7 +33,7 @@ class DualMemoryBank(nn.Module):
 
     Drift: with "mean" each block of slots remembers the running means at which it was enqueued, and
     a banked vector v counts as v + (mean now - mean then) wherever it meets a local one: a model
-    can no longer tell old negatives from fresh positives by it. :func:`transport` goes further.
+    can no longer tell old negatives from fresh positives by it. `transport` goes further.
 
     All state is in ``state_dict``: loading it and going on gives the same bits as never having
     stopped.

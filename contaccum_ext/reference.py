@@ -121,7 +121,15 @@ class DualMemoryBank:
             self.block_means[lap, block] = (count, self.mean - offset.to(self.mean.dtype))
 
     def transport(self, old: Tensor, new: Tensor, kind: str, ridge: float, normalize: bool) -> None:
-        """Move the banked "queries" or "passages" as probes (R, d) have moved from old to new."""
+        """Move banked vectors as probes have moved.
+
+        Args:
+            old: (R, d) floating, probes before a step.
+            new: (R, d) the same probes after it.
+            kind: "queries" or "passages": what they are, and what is moved.
+            ridge: in units of the mean eigenvalue of the probes' Gram matrix.
+            normalize: bring moved vectors to length 1.
+        """
         old, new = old.double(), new.double()
         spread, moved = old - old.mean(0), new - old
         gram = spread @ spread.T
