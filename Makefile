@@ -4,12 +4,13 @@ ARGS ?=
 SETUP = $(PYTHON) scripts/setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format wheel check-kernels hooks clean
+.PHONY: help demo test bench docs lint format wheel check-kernels hooks clean
 
 help:
 	@echo "make demo    train and compare on small data; ARGS='...' goes to 'contaccum demo'"
 	@echo "make test    run the tests; ARGS='...' goes to pytest"
 	@echo "make bench   run the benchmarks; ARGS='...' goes to them"
+	@echo "make docs    build the documentation into build/site"
 	@echo "make lint    check formats and types;  make format  repairs formats"
 	@echo "make wheel   build dist/*.whl and check it;  make hooks  installs the git hook"
 	@echo "make check-kernels   check registers and spills of the CUDA kernels; no GPU needed"
@@ -23,6 +24,9 @@ test:
 
 bench:
 	@$(SETUP) --extra bench python -m benchmarks $(ARGS)
+
+docs:
+	@$(SETUP) --extra dev --extra docs mkdocs build --strict $(ARGS)
 
 lint:
 	@$(SETUP) --extra dev --extra test python scripts/lint.py

@@ -33,7 +33,7 @@ class DualMemoryBank(nn.Module):
 
     Drift: with "mean" each block of slots remembers the running means at which it was enqueued, and
     a banked vector v counts as v + (mean now - mean then) wherever it meets a local one: a model
-    can no longer tell old negatives from fresh positives by it. :func:`transport` goes further.
+    can no longer tell old negatives from fresh positives by it. `transport` goes further.
 
     All state is in ``state_dict``: loading it and going on gives the same bits as never having
     stopped.
@@ -159,8 +159,8 @@ class DualMemoryBank(nn.Module):
         """Set the offsets by hand (only with drift="none"); slots enqueued later start with zero.
 
         Args:
-            query_offsets: (offset blocks, d), a row for each layout.offset_block slots.
-            passage_offsets: (offset blocks, m, d).
+            query_offsets: (offset blocks, d) floating, a row for each layout.offset_block slots.
+            passage_offsets: (offset blocks, m, d) floating.
         """
         if self.drift != "none":
             raise ValueError(f"drift: expected 'none' to set offsets, got {self.drift!r}")
@@ -224,7 +224,7 @@ class DualMemoryBank(nn.Module):
             self._has_ids = has_ids
 
     def enqueue(self, queries: Tensor, passages: Tensor, passage_ids: Tensor | None = None) -> None:
-        """Append a batch without a loss. Arguments as in :func:`contaccum_ext.contaccum_loss`."""
+        """Append queries (n, d), passages (n, m, d) and passage_ids (n, m) int64 without a loss."""
         from contaccum_ext.functional import contaccum_loss
 
         with torch.no_grad():
@@ -254,7 +254,7 @@ class DualMemoryBank(nn.Module):
         return (_DRIFT.index(self.drift), table.group, table.offset_block, table.block)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take what ``get_extra_state`` gave."""
+        """Take the state (9,) that ``get_extra_state`` gave."""
         scale, has_ids, window, summed, manual = state[:5].tolist()
         self._scale = None if scale < 0 else scale
         self._has_ids = None if has_ids < 0 else bool(has_ids)

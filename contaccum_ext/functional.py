@@ -24,13 +24,12 @@ def contaccum_loss(
     enqueue: bool = True,
     banks: str = "both",
 ) -> Tensor:
-    """Contrastive loss of a micro-batch against two memory banks, then enqueue (equations 5-9).
+    """Contrastive loss of a micro-batch against two memory banks, then enqueue.
 
     Equivalent to cross entropy over ``cat(queries, banked queries) @ cat(passages, banked
     passages).T / temperature`` with banked vectors constant, in time and memory linear in the bank.
-    Its plain-PyTorch form is :func:`contaccum_ext.reference.contaccum_loss`; the equations are
-    those of ContAccum, arXiv 2406.12356. Gradients are computed in the forward pass: what happens
-    to the bank afterwards cannot change them.
+    Its plain-PyTorch form is `contaccum_ext.reference.contaccum_loss`. Gradients are computed in
+    the forward pass: what happens to the bank afterwards cannot change them.
 
     Args:
         queries: (n, d) floating, usually requiring grad.
@@ -55,6 +54,8 @@ def contaccum_loss(
     Raises:
         TypeError, ValueError, RuntimeError: naming the argument, what was expected and what came.
             The bank is then as it was, to the bit. Differentiating twice is a RuntimeError.
+
+    Source: ContAccum, arXiv 2406.12356, equations 5-9.
     """
     _check_arguments(queries, passages, bank, passage_ids)
     scale = 1.0 / validation.positive("temperature", temperature)

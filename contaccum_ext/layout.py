@@ -20,9 +20,13 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 class BankLayout:
     """Slot counts: `group` divides `offset_block` divides `block`; the last of each may be short.
 
-    - group: step in which the oldest block is aged out and the next one prepared.
-    - offset_block: slots that share one stored mean, hence one offset (drift correction).
-    - block: width W of the table (Invariant T) and granularity of the window.
+    Args:
+        group: step in which the oldest block is aged out and the next one prepared.
+        offset_block: slots that share one stored mean, hence one offset (drift correction).
+        block: width W of the table of partial log-sum-exps, and granularity of the window.
+
+    Raises:
+        ValueError: one of them is less than 1 or does not divide the next.
     """
 
     group: int

@@ -10,14 +10,26 @@ from contaccum_ext.functional import contaccum_loss
 
 
 class ContAccumLoss(nn.Module):
-    """:func:`contaccum_ext.contaccum_loss` with a :class:`contaccum_ext.DualMemoryBank` inside.
+    """`contaccum_ext.contaccum_loss` with a `contaccum_ext.DualMemoryBank` inside.
 
     In ``train()`` each call uses the bank and enqueues its batch; in ``eval()`` it neither reads
     nor writes the bank and gives the in-batch loss.
 
     Args:
-        capacity, dim, passages_per_query, dtype, device, drift: see ``DualMemoryBank``.
-        temperature, row_weighting: see ``contaccum_loss``.
+        capacity: slots C of the bank.
+        dim: embedding size d.
+        passages_per_query: m, the positive first, then hard negatives.
+        temperature: positive number; scores are inner products divided by it.
+        row_weighting: "local" weights every row 1/n; "all" 1/(n + F) as in the paper.
+        dtype: what representations are rounded to: float32, float64, bfloat16 or float16.
+        device: where the bank lives.
+        drift: "none", or "mean": correct old representations by the shift of their mean.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came; for temperature
+            and row_weighting at the first call.
+
+    Source: ContAccum, arXiv 2406.12356, equations 5-9.
     """
 
     def __init__(
@@ -40,7 +52,13 @@ class ContAccumLoss(nn.Module):
     def forward(
         self, queries: Tensor, passages: Tensor, passage_ids: Tensor | None = None
     ) -> Tensor:
-        """() loss of a batch: queries (n, d), passages (n, m, d) or (n, d), passage_ids (n, m)."""
+        """() loss of a batch, float32, or float64 for a float64 bank; see `contaccum_loss`.
+
+        Args:
+            queries: (n, d) floating.
+            passages: (n, m, d) of the same dtype, positive first; (n, d) means m = 1.
+            passage_ids: (n, m) int64, -1 for none; None leaves nothing out.
+        """
         return contaccum_loss(
             queries,
             passages,

@@ -1,6 +1,6 @@
 """The raw operators ``torch.ops.contaccum_ext.*`` and their fake kernels.
 
-Schemas and checks are in csrc/ops.cpp. Call them through :func:`contaccum_ext.contaccum_loss`.
+Schemas and checks are in csrc/ops.cpp. Call them through `contaccum_ext.contaccum_loss`.
 """
 
 from __future__ import annotations

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from contaccum_ext.layout import BankLayout, accumulation_dtype
+
+__all__ = ["DualMemoryBank", "contaccum_loss"]
 
 
 @dataclass
@@ -29,8 +32,20 @@ class _Slot:
 class DualMemoryBank:
     """The bank as a Python list: newest slot last, oldest slot dropped. No ring, no table.
 
-    It has the part of :class:`contaccum_ext.DualMemoryBank` that :func:`contaccum_loss` reads, so
-    that a test can run both side by side.
+    It has the part of `contaccum_ext.DualMemoryBank` that `contaccum_loss` reads, so that a test
+    can run both side by side. Nothing is checked.
+
+    Args:
+        capacity: slots C.
+        dim: embedding size d.
+        passages_per_query: m, the positive first.
+        dtype: what representations are rounded to on entry.
+        drift: "none" or "mean".
+        drift_decay: decay per micro-batch of the running means.
+        layout: its offset_block says which slots share a mean, its block what a window is rounded
+            to; the default suits the capacity.
+
+    Source: ContAccum, arXiv 2406.12356, section 3.1; window and drift are this project's.
     """
 
     def __init__(
@@ -95,13 +110,26 @@ class DualMemoryBank:
         return self._offsets()[:, 1:]
 
     def set_offsets(self, query_offsets: Tensor, passage_offsets: Tensor) -> None:
-        """Give every generation of offset block b the offsets of row b."""
+        """Give every generation of offset block b the offsets of row b.
+
+        Args:
+            query_offsets: (offset blocks, d) floating.
+            passage_offsets: (offset blocks, m, d) floating.
+        """
         for (lap, block), (count, _) in self.block_means.items():
             offset = torch.cat([query_offsets[block : block + 1], passage_offsets[block]])
             self.block_means[lap, block] = (count, self.mean - offset.to(self.mean.dtype))
 
     def transport(self, old: Tensor, new: Tensor, kind: str, ridge: float, normalize: bool) -> None:
-        """Move the banked "queries" or "passages" as probes (R, d) have moved from old to new."""
+        """Move banked vectors as probes have moved.
+
+        Args:
+            old: (R, d) floating, probes before a step.
+            new: (R, d) the same probes after it.
+            kind: "queries" or "passages": what they are, and what is moved.
+            ridge: in units of the mean eigenvalue of the probes' Gram matrix.
+            normalize: bring moved vectors to length 1.
+        """
         old, new = old.double(), new.double()
         spread, moved = old - old.mean(0), new - old
         gram = spread @ spread.T
@@ -127,7 +155,7 @@ class DualMemoryBank:
         )
 
     def enqueue(self, queries: Tensor, passages: Tensor, passage_ids: Tensor | None = None) -> None:
-        """Append n slots one after the other."""
+        """Append queries (n, d), passages (n, m, d) and passage_ids (n, m) int64, one by one."""
         n = queries.shape[0]
         queries, passages = queries.detach().to(self.dtype), passages.detach().to(self.dtype)
         if passages.dim() == 2:
@@ -158,7 +186,7 @@ def _straight_through(x: Tensor, storage: torch.dtype, compute: torch.dtype) -> 
 def contaccum_loss(
     queries: Tensor,
     passages: Tensor,
-    bank=None,
+    bank: Any = None,
     temperature: float = 1.0,
     passage_ids: Tensor | None = None,
     row_weighting: str = "local",
@@ -167,10 +195,25 @@ def contaccum_loss(
     *,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Same arguments and result as :func:`contaccum_ext.contaccum_loss`, over the full matrix.
+    """Same arguments and result as `contaccum_ext.contaccum_loss`, over the full matrix.
 
-    `bank` may be a :class:`DualMemoryBank` of this module, the package's own, or None.
-    `compute_dtype` is the precision of all arithmetic, by default the bank's accumulation dtype.
+    It is differentiable as often as one likes, and nothing is checked.
+
+    Args:
+        queries: (n, d) floating.
+        passages: (n, m, d) floating, positive first; (n, d) means m = 1.
+        bank: a `DualMemoryBank` of this module, the package's own, or None.
+        temperature: scores are inner products divided by it.
+        passage_ids: (n, m) int64, -1 for none; None leaves nothing out.
+        row_weighting: "local" for weights 1/n, "all" for 1/(n + F).
+        enqueue: put the batch into the bank afterwards.
+        banks: "both", "passages" or "queries": which banked vectors take part.
+        compute_dtype: of all arithmetic; by default float64 for a float64 bank, else float32.
+
+    Returns:
+        () float64 for a float64 bank, else float32.
+
+    Source: ContAccum, arXiv 2406.12356, equations 5-9.
     """
     if passages.dim() == 2:
         passages = passages[:, None]

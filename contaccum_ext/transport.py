@@ -39,7 +39,8 @@ class Displacement:
         and h the leverages.
 
         Args:
-            old, new: (R, d) the same texts before and after a step.
+            old: (R, d) floating, texts before a step.
+            new: (R, d) the same texts after it.
             ridge: in units of the mean eigenvalue of G; larger trusts the probes less.
         """
         # float64: G is nearly singular, and TF32 would drown what is small in it.
@@ -79,16 +80,18 @@ def transport(
 ) -> Tensor:
     """Move all banked vectors as an optimizer step has moved the probes.
 
-    Equivalent to fitting a :class:`Displacement` to each side's probes and replacing each banked
+    Equivalent to fitting a `Displacement` to each side's probes and replacing each banked
     query and passage by its image. The table is rebuilt when the bank is next used, in O(F^2):
     once an update, not once a micro-batch.
 
     Args:
         bank: with drift="none": transport takes the place of the other corrections.
-        old_queries, new_queries: (R, d) probes encoded before and after the step, R >= 1. Without
-            dropout: what it changes is no displacement.
-        old_passages, new_passages: (R', d) or (R', m, d).
-        ridge: see ``Displacement.fit``.
+        old_queries: (R, d) floating, R >= 1 probes encoded before the step. Without dropout: what
+            it changes is no displacement.
+        new_queries: (R, d) the same, encoded after the step.
+        old_passages: (R', d) or (R', m, d) floating, likewise before it.
+        new_passages: (R', d) or (R', m, d) likewise after it.
+        ridge: in units of the mean eigenvalue of the probes' Gram matrix; larger trusts them less.
         normalize: bring moved vectors to length 1, for encoders that do so.
 
     Returns:
@@ -158,8 +161,14 @@ class BankTransport:
     it does once the model moves more slowly.
 
     Args:
-        bank, ridge, normalize: see :func:`transport`.
+        bank: with drift="none".
+        ridge: larger trusts the probes less; see `transport`.
+        normalize: bring moved vectors to length 1, for encoders that do so.
         limit: staleness in use, in spreads of fresh vectors; None sets no window.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came; for what
+            `transport` checks, at the second call.
     """
 
     def __init__(

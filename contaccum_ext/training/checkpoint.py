@@ -37,14 +37,23 @@ STATE_FILE = "training_state.pt"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint."""
+    """An opened checkpoint.
+
+    Args:
+        model: both encoders, on the CPU.
+        tokenizer: of queries and passages.
+        config: settings of the run.
+        updates: optimizer updates done.
+        path: where it stands, or is to be written.
+        data: fingerprint of what it was trained on.
+    """
 
     model: DualEncoder
     tokenizer: PreTrainedTokenizerBase
     config: TrainConfig
-    updates: int  # optimizer updates done
+    updates: int
     path: Path
-    data: dict[str, str] = field(default_factory=dict)  # `fingerprint` of what it was trained on
+    data: dict[str, str] = field(default_factory=dict)
 
     def training_state(self) -> dict[str, Any]:
         """What `save_checkpoint` was given as `state`.

@@ -35,7 +35,7 @@ def _setting(default: Any, rule: Rule, help: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a training run; `field_help()` lists them with their meaning.
+    """All settings of a training run, each an argument; `contaccum train --help` explains them.
 
     Raises:
         ConfigError: a value is not what its setting accepts.

@@ -32,6 +32,9 @@ class Encoder(nn.Module):
         backbone: transformers model whose output has `last_hidden_state` (b, t, d).
         pooling: "mean" over real tokens, or "cls" (the first token).
         normalize: scale each vector to length 1.
+
+    Raises:
+        EncoderError: no such pooling.
     """
 
     def __init__(self, backbone: nn.Module, pooling: str = "mean", normalize: bool = True) -> None:
@@ -53,7 +56,7 @@ class Encoder(nn.Module):
         Args:
             input_ids: (b, t) int64.
             attention_mask: (b, t), 1 for real tokens, 0 for padding.
-            inputs: what else the tokenizer returned, passed on to the backbone.
+            inputs: what else the tokenizer returned (b, t), passed on to the backbone.
 
         Returns:
             (b, d) fp32, also under autocast: the loss keeps full precision.
@@ -79,7 +82,8 @@ class Encoder(nn.Module):
 
         Args:
             path: directory, or a model name that transformers resolves.
-            pooling, normalize: None takes what was saved beside the weights, else mean and True.
+            pooling: "mean" or "cls"; None takes what was saved beside the weights, else "mean".
+            normalize: None takes what was saved beside the weights, else True.
             layers: keep only the first layers; None keeps all.
 
         Raises:
@@ -153,6 +157,9 @@ class DualEncoder(nn.Module):
     Args:
         query: encodes queries.
         passage: encodes passages; pass `query` again to share one encoder.
+
+    Raises:
+        EncoderError: the two give vectors of different sizes.
     """
 
     def __init__(self, query: Encoder, passage: Encoder) -> None:
@@ -172,8 +179,11 @@ class DualEncoder(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Encode one micro-batch.
 
+        Args:
+            batch: n tokenized queries and their n * m passages.
+
         Returns:
-            queries (n, d) and passages (n, m, d), positive first.
+            queries (n, d) and passages (n, m, d), positive first; both fp32.
         """
         queries = self.query(**batch.queries)
         passages = self.passage(**batch.passages)

@@ -52,6 +52,9 @@ class Method:
         dim: embedding size d.
         training_queries: size of the training set; bounds the automatic bank size.
         device: where embeddings live.
+
+    Raises:
+        ConfigError: the settings leave a method with banks without any.
     """
 
     banked: ClassVar[bool] = False
@@ -106,6 +109,9 @@ class Method:
             encode: maps a batch to queries (n, d) and passages (n, m, d).
             batches: the micro-batches of the update.
             scale: applied to what is differentiated: a gradient scaler's, for fp16.
+
+        Returns:
+            The update's loss, and which micro-batches are not finite.
         """
         examples = sum(batch.size for batch in batches)
         totals = []  # per micro-batch, read once at the end: no wait for the device in between
@@ -221,3 +227,4 @@ METHODS: dict[str, type[Method]] = {
     "gradcache": GradCache,
     "gradcache_contaccum": GradCacheContAccum,
 }
+"""The classes behind the setting `method`, by its values."""

@@ -7,22 +7,44 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class UpdateMetrics:
-    """One line of metrics.jsonl."""
+    """One line of metrics.jsonl.
 
-    update: int  # counted from 1
-    loss: float | None  # of the method; comparable within a method only; None in a skipped update
-    in_batch_loss: float | None  # over groups of n without a bank; comparable between methods
+    The last three are of the last micro-batch of every `diagnostics_every`-th update, else None.
+
+    Args:
+        update: counted from 1.
+        loss: of the method, comparable within a method only; None in a skipped update.
+        in_batch_loss: over groups of n without a bank, comparable between methods; None likewise.
+        learning_rate: of this update.
+        grad_norm_query: of the query encoder, before clipping; None in a skipped update.
+        grad_norm_passage: of the passage encoder; None with a shared encoder too.
+        grad_norm_ratio: passage / query (compare Figure 5 of arXiv 2406.12356); None likewise.
+        queries_per_second: trained on, in this update.
+        bank_filled: slots.
+        skipped: updates so far that left the weights as they were.
+        loss_scale: of fp16; None without.
+        bank_oldest: age of the oldest slot, in updates; None without a bank.
+        peak_memory: MiB, of this update on a GPU, else of the process so far.
+        masked_pairs: pairs of row and column left out of the loss as false negatives.
+        mass_local: softmax mass of a local row on local passages, its own among them, mean over
+            rows.
+        mass_by_age: the same on banked passages, by their age in updates from 0 on; all masses
+            together make 1 (compare Figure 6 of arXiv 2406.12356).
+    """
+
+    update: int
+    loss: float | None
+    in_batch_loss: float | None
     learning_rate: float
-    grad_norm_query: float | None  # None in a skipped update
-    grad_norm_passage: float | None  # None with a shared encoder too
-    grad_norm_ratio: float | None  # passage / query
+    grad_norm_query: float | None
+    grad_norm_passage: float | None
+    grad_norm_ratio: float | None
     queries_per_second: float
-    bank_filled: int  # slots
-    skipped: int  # updates so far that left the weights as they were
-    loss_scale: float | None = None  # of fp16
-    bank_oldest: int | None = None  # age of the oldest slot, in updates
-    peak_memory: float | None = None  # MiB: of this update on a GPU, else of the process so far
-    # Of the last micro-batch, in every `diagnostics_every`-th update: see `diagnostics.Look`.
+    bank_filled: int
+    skipped: int
+    loss_scale: float | None = None
+    bank_oldest: int | None = None
+    peak_memory: float | None = None
     masked_pairs: int | None = None
     mass_local: float | None = None
     mass_by_age: list[float] | None = None

@@ -199,6 +199,9 @@ def refuse_difference(
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Open a checkpoint, or the best one of a run directory: its final one, else the newest.
 
+    Args:
+        path: of a checkpoint, or of the directory of a run.
+
     Raises:
         EncoderError: neither is there, or it is damaged.
     """

@@ -53,6 +53,7 @@ class Trainer:
 
     Raises:
         TrainingDataError: the data set does not fit the settings.
+        EncoderError: the model cannot do what the settings ask for.
     """
 
     def __init__(
@@ -235,7 +236,11 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on as if never stopped; the model must hold the weights saved with the state."""
+        """Go on as if never stopped; the model must hold the weights saved with the state.
+
+        Args:
+            state: what `state_dict` gave, to a trainer of the same settings and data.
+        """
         self.done, self.skipped = state["updates"], state["skipped"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

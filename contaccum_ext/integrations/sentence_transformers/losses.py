@@ -55,7 +55,16 @@ class _Banked(nn.Module):
         self._identities = []
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
-        """() loss of a batch; `sentence_features` has one entry per column, `labels` is unused."""
+        """() float32 loss of a batch, float64 for a float64 model.
+
+        Args:
+            sentence_features: for each column what the tokenizer made of it, input_ids (n, tokens)
+                int64 among it.
+            labels: unused.
+
+        Raises:
+            ValueError: there are fewer than two columns.
+        """
         columns = list(sentence_features)
         if self.memory.settings.mask_duplicates and self._uses_banks():
             # Before the model runs: its modules may change the features that they are given.
@@ -141,7 +150,12 @@ class ContAccumLoss(_Banked, MultipleNegativesRankingLoss):
         self._add_memory(bank_size, drift, row_weighting, mask_duplicates)
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        """() loss of embeddings (n, d), one per column; `labels` is unused."""
+        """() loss, where the columns have been encoded already.
+
+        Args:
+            embeddings: (n, d) floating for each column, anchors first.
+            labels: unused.
+        """
         return self._loss_of(embeddings)
 
     @property
@@ -160,9 +174,15 @@ class CachedContAccumLoss(_Banked, CachedMultipleNegativesRankingLoss):
     gradient caching.
 
     Args:
-        model, scale, similarity_fct, bank_size, drift, row_weighting, mask_duplicates: as in
-            ContAccumLoss.
+        model: encodes the columns; one encoder or a Router.
+        scale: similarities are multiplied by it; 1 / temperature.
+        similarity_fct: ``cos_sim`` or ``dot_score`` of ``sentence_transformers.util``.
         mini_batch_size: rows encoded at a time.
+        bank_size: slots, each a row of the data set; 0 for no bank; "auto" as in ContAccumLoss.
+        drift: "mean" corrects old vectors by the shift of their mean, "none" does not.
+        row_weighting: "local" weights every row 1/n, "all" 1/(n + filled slots) as in the paper.
+        mask_duplicates: leave a passage out of a row's negatives if its tokens are those of the
+            row's positive.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -191,10 +211,11 @@ class CachedContAccumLoss(_Banked, CachedMultipleNegativesRankingLoss):
         *,
         with_backward: bool = False,
     ) -> Tensor:
-        """() loss of embeddings given per column and mini-batch, (mini-batch size, d) each.
+        """() loss, where the columns have been encoded already, in mini-batches.
 
         Args:
-            reps: leaves that require grad, if `with_backward`.
+            reps: (mini-batch size, d) floating for each column and mini-batch; leaves that require
+                grad, if `with_backward`.
             labels: unused.
             with_backward: give the embeddings their gradients, which the op has computed already,
                 and return the loss detached.
