@@ -220,8 +220,9 @@ class AttendHopper {
   __device__ __forceinline__ void rescale_masses(int buffer, float (&scaled)[2]) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      // 0: what has been summed so far is nothing beside what comes.
       const float factor = sh.shrink[buffer][my_row() + 8 * h];
-      scaled[h] = factor == 0 ? 0.f : scaled[h] + log2f(factor);  // 0: there was nothing before
+      scaled[h] += factor == 0 ? -200.f : log2f(factor);
     }
   }
   // A tile of offsets: their masses are their weights.
