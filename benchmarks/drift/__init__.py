@@ -11,7 +11,7 @@ needed, not the compiled extension.
         --workers 12 --deadline 540
         on the GPUs; call it again to go on, finished settings are skipped
     python -m benchmarks.drift table central ideas --rows ROWS.jsonl
-        the results
+        the results; `harm` and `figure` take the same rows
     python -m benchmarks.drift one '{"data": "squad_sent", "bank": 1024, "correction": "mean",
         "updates": 5, "bf16": false}' --data DIR --device cpu
         one setting, for a look
@@ -19,8 +19,10 @@ needed, not the compiled extension.
 An update's K micro-batches are encoded at once, which changes nothing but the draw of dropout: the
 weights stay the same meanwhile. The loss is then that of each micro-batch with the bank as it would
 be by then (`loss`), its gradients go back through the encoders in one pass (`run`). Corrections are
-classes with hooks (`corrections`, `transport`, listed in `methods`), tables are lists of settings
-(`tables`), `staleness` defines the trace, `grid` the processes and the deadline.
+classes with hooks (`corrections`, `transport`, `guards`, listed in `methods`), tables are lists of
+settings (`tables`), `staleness` defines the trace, `harm` what it tells, `grid` the processes and
+the deadline.
 
-A window of the newest E slots is no correction of its own: it is a bank of E slots.
+A window of the newest E slots is no correction of its own: it is a bank of E slots. One that
+changes is a guard. What came out is in `docs/drift.md`.
 """
