@@ -22,6 +22,19 @@ def auto_bank_size(update_size: int, training_queries: int | None = None) -> int
     return slots if training_queries is None else min(slots, training_queries)
 
 
+def mean_decay(micro_batches: int) -> float:
+    """Decay per micro-batch of the running means that ``drift="mean"`` keeps.
+
+    They lag by decay / (1 - decay) micro-batches, and a mean that lags by more than about an update
+    is itself what a model learns to tell age by (docs/drift.md): so the lag is 9/16 of an update.
+
+    Args:
+        micro_batches: scored against the bank in an optimizer update, K.
+    """
+    lag = 9 / 16 * micro_batches
+    return lag / (1 + lag)
+
+
 def width_warnings(capacity: int, update_size: int, drift: str) -> list[str]:
     """What to expect of a bank that is too wide for its drift correction, in words.
 

@@ -15,6 +15,7 @@ from torch import nn
 from trainer_parts import assert_close_gradients, first_update, gradients, make_trainer
 
 from contaccum_ext import reference
+from contaccum_ext.bank_size import mean_decay
 from contaccum_ext.training import (
     METHODS,
     DivergedError,
@@ -86,7 +87,7 @@ def test_bank_methods_are_the_reference_over_the_micro_batches(
         row_weighting=row_weighting,
         temperature=0.2,
     )
-    bank = reference.DualMemoryBank(8, 16, passages_per_query=2, drift="mean")
+    bank = reference.DualMemoryBank(8, 16, 2, drift="mean", drift_decay=mean_decay(4))
     total = torch.zeros(())
     for batch in batches:
         queries, passages = trainer.model(batch)

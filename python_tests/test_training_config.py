@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from contaccum_ext.bank_size import mean_decay
 from contaccum_ext.training import METHODS, ConfigError, TrainConfig
 from contaccum_ext.training.bank_width import bank_warnings
 from contaccum_ext.training.config import (
@@ -152,3 +153,10 @@ def test_help_has_a_line_for_every_setting():
     assert "epochs=1: passes over the training queries (an integer >= 1)" in lines
     assert any(line.startswith("normalize=true: ") for line in lines)
     assert any(line.startswith("bank_size=auto: ") for line in lines)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4, 16, 128])
+def test_running_means_lag_by_nine_sixteenths_of_an_update(micro_batches):
+    decay = mean_decay(micro_batches)
+    assert decay / (1 - decay) == pytest.approx(9 / 16 * micro_batches)
+    assert mean_decay(16) == pytest.approx(0.9)

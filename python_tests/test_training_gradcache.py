@@ -8,6 +8,7 @@ from tiny_retriever import tiny_dataset
 from trainer_parts import assert_close_gradients, first_update, gradients, make_trainer
 
 from contaccum_ext import reference
+from contaccum_ext.bank_size import mean_decay
 
 
 @pytest.mark.parametrize("train", [40, 10])  # ten: a last micro-batch of two
@@ -66,7 +67,7 @@ def test_with_banks_the_whole_update_meets_them_at_once(start, tmp_path):
         bank_size=20,
         temperature=0.2,
     )
-    bank = reference.DualMemoryBank(20, 16, passages_per_query=2, drift="mean")
+    bank = reference.DualMemoryBank(20, 16, 2, drift="mean", drift_decay=mean_decay(1))
     for update in range(3):
         batches = trainer._micro_batches(trainer.sampler.update(update))
         trainer.optimizer.zero_grad(set_to_none=True)

@@ -97,3 +97,23 @@ def test_a_skipped_update_moves_nothing(two_towers, tmp_path):
         warnings.simplefilter("ignore")
         trainer.update()
     torch.testing.assert_close(trainer.method.bank.queries(), before, rtol=0, atol=0)
+
+
+def test_the_window_and_the_staleness_are_in_the_metrics(two_towers, tmp_path):
+    settings = SETTINGS | {"learning_rate": 0.3, "bank_size": 200, "drift_limit": 0.05}
+    trainer = make_trainer(two_towers, tmp_path, epochs=5, **settings)
+    metrics = [trainer.update() for _ in range(12)]
+    assert [m.bank_filled for m in metrics] == [8 * i for i in range(1, 13)]
+    assert metrics[-1].bank_window < metrics[-1].bank_filled == 96
+    assert metrics[-1].bank_window == trainer.method.bank.window
+    assert all(m.bank_staleness > 0.05 for m in metrics)  # at such a rate no map is good enough
+    resting = make_trainer(two_towers, tmp_path / "none", **SETTINGS | {"drift": "mean"})
+    assert resting.update().bank_staleness is None
+
+
+@pytest.mark.parametrize(
+    ("method", "decay"), [("contaccum", 9 / 17), ("gradcache_contaccum", 9 / 25)]
+)
+def test_means_lag_by_updates_not_by_micro_batches(two_towers, tmp_path, method, decay):
+    trainer = make_trainer(two_towers, tmp_path, method=method, drift="mean")
+    assert trainer.method.bank.drift_decay == pytest.approx(decay)  # K = 2, or all at once

@@ -59,6 +59,9 @@ class TrainConfig:
     )
     drift_probes: int = _setting(64, integer(1), "of transport; more follow the model more closely")
     drift_ridge: float = _setting(0.1, POSITIVE, "of transport; more trusts the probes less")
+    drift_limit: float = _setting(
+        0.3, POSITIVE, "of transport: staleness, in spreads, beyond which slots leave the window"
+    )
     row_weighting: str = _setting(
         "local", choice("local", "all"), "weight of a loss row: 1/n, or the paper's 1/(n+filled)"
     )

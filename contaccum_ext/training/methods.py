@@ -59,6 +59,7 @@ class Method:
 
     banked: ClassVar[bool] = False
     query_bank: ClassVar[bool] = True  # where False, whatever `bank_query` says
+    scored_at_once: ClassVar[bool] = False  # the whole update
 
     def __init__(
         self, config: TrainConfig, dim: int, training_queries: int, device: torch.device
@@ -67,7 +68,10 @@ class Method:
         self.device = device
         # Where the op has no kernel for the device, the few embeddings travel to the CPU.
         self.loss_device = device if op_runs_on(device) else torch.device("cpu")
-        self.scoring = Scoring(config, self.banks(config), dim, training_queries, self.loss_device)
+        batches = 1 if self.scored_at_once else config.accumulation_steps
+        self.scoring = Scoring(
+            config, self.banks(config), dim, training_queries, self.loss_device, batches
+        )
 
     @classmethod
     def banks(cls, config: TrainConfig) -> str | None:
@@ -174,6 +178,8 @@ class GradCache(Method):
     enter the graph of one micro-batch after the other; the random state of each first encoding is
     set again for its second one, so that both drop out the same.
     """
+
+    scored_at_once = True
 
     def accumulate(
         self, encode: Encode, batches: Sequence[Batch], scale: Scale = lambda loss: loss

@@ -24,6 +24,9 @@ class UpdateMetrics:
         skipped: updates so far that left the weights as they were.
         loss_scale: of fp16; None without.
         bank_oldest: age of the oldest slot, in updates; None without a bank.
+        bank_window: filled slots in use; fewer than bank_filled where transport has given some up.
+        bank_staleness: of the oldest slot in use, in spreads of fresh vectors; None but with
+            transport.
         peak_memory: MiB, of this update on a GPU, else of the process so far.
         masked_pairs: pairs of row and column left out of the loss as false negatives.
         mass_local: softmax mass of a local row on local passages, its own among them, mean over
@@ -44,6 +47,8 @@ class UpdateMetrics:
     skipped: int
     loss_scale: float | None = None
     bank_oldest: int | None = None
+    bank_window: int | None = None
+    bank_staleness: float | None = None
     peak_memory: float | None = None
     masked_pairs: int | None = None
     mass_local: float | None = None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from contaccum_ext.bank import DualMemoryBank
+from contaccum_ext.bank_size import mean_decay
 from contaccum_ext.functional import contaccum_loss
 from contaccum_ext.training.diagnostics import BankAges, Look, look
 from contaccum_ext.training.positive_bank import positive_bank_loss
@@ -26,6 +27,7 @@ class Scoring:
         dim: embedding size d.
         training_queries: size of the training set; bounds the automatic bank size.
         device: where the loss is computed.
+        batches: scored in an update.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Scoring:
         dim: int,
         training_queries: int,
         device: torch.device,
+        batches: int,
     ) -> None:
         self.config = config
         self.banks = banks
@@ -46,10 +49,13 @@ class Scoring:
                 passages_per_query=1 + config.hard_negatives * config.bank_hard_negatives,
                 device=device,
                 drift="none" if config.drift == "transport" else config.drift,
+                drift_decay=mean_decay(batches),
             )
         self.transport: BankTransport | None = None
         if self.bank is not None and config.drift == "transport":
-            self.transport = BankTransport(self.bank, config.drift_ridge, config.normalize)
+            self.transport = BankTransport(
+                self.bank, config.drift_ridge, config.normalize, config.drift_limit
+            )
         self.ages = BankAges(0 if self.bank is None else self.bank.capacity)
         self.look: Look | None = None  # of the last micro-batch of this update, if it was wanted
         self._update = 0
@@ -94,6 +100,10 @@ class Scoring:
         return contaccum_loss(
             queries, passages, None, self.config.temperature, self._ids(passage_ids)
         )
+
+    def window(self) -> int | None:
+        """Filled slots in use; None without a bank."""
+        return None if self.bank is None else min(len(self.bank), self.bank.window)
 
     def oldest(self) -> int | None:
         """Age of the oldest slot in updates; None without a bank or with an empty one."""

@@ -180,6 +180,8 @@ class Trainer:
             skipped=self.skipped,
             loss_scale=self.scaler.get_scale() if self.scaler.is_enabled() else None,
             bank_oldest=scoring.oldest(),
+            bank_window=scoring.window(),
+            bank_staleness=scoring.transport.staleness if scoring.transport else None,
             peak_memory=peak_memory(self.device),
             **({} if norms is None or scoring.look is None else asdict(scoring.look)),
         )
