@@ -69,6 +69,6 @@ def test_the_page_holds_what_the_rows_give():
     done = rows.finished(ROOT / "benchmarks/results/drift/rows.jsonl")
     assert all(from_row(found["setting"]).key == key for key, found in done.items())
     page = (ROOT / "docs/drift.md").read_text()
-    for name in ("central", "ideas", "guards", "rates", "start", "dot"):
+    for name in ("central", "ideas", "guards", "safe", "rates", "start", "dot"):
         assert brief(tables.settings([name]), done, tables.BASELINE) in page, name
     assert all(part in page for part in harm.harm(list(done.values())).split("\n\n"))

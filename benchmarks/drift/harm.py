@@ -39,7 +39,8 @@ def harm(done: Sequence[rows.Row]) -> str:
     setting, less the run's. A sign of a run is its largest over ages in the window and lines.
 
     Args:
-        done: rows; banks beyond one update are looked at where the plain one was run too.
+        done: rows; banks beyond one update are looked at where the plain one was run too. `follow`
+            is left out: its window is chosen by none of the signs and hides what they would show.
     """
     plain: dict[str, list[float]] = {}
     for row in done:
@@ -50,6 +51,8 @@ def harm(done: Sequence[rows.Row]) -> str:
     for row in done:
         setting = from_row(row["setting"])
         base = plain.get(_plain(setting).without_seed())
+        if setting.correction == "follow":
+            continue
         if setting.bank > setting.update_size and base and row["trace"]:
             signs = {name: _worst(row["trace"], sign) for name, sign in SIGNS.items()}
             found.append((setting, statistics.fmean(base) - row["test_ndcg10"], signs))
