@@ -9,6 +9,8 @@ from __future__ import annotations
 AUTO_BANK_UPDATES = 8
 WIDEST_CORRECTED_BANK_UPDATES = 16
 WIDEST_PLAIN_BANK_UPDATES = 2
+# No limit has been found; docs/drift.md says how wide the banks were that have been measured.
+WIDEST_TRANSPORTED_BANK_UPDATES = 64
 
 
 def auto_bank_size(update_size: int, training_queries: int | None = None) -> int:
@@ -41,7 +43,7 @@ def width_warnings(capacity: int, update_size: int, drift: str) -> list[str]:
     Args:
         capacity: slots of the bank.
         update_size: examples per optimizer update, n * K.
-        drift: "none" or "mean", as in ``DualMemoryBank``.
+        drift: "none", "mean" or "transport".
     """
     updates = capacity / update_size
     age = f"bank_size {capacity} keeps vectors up to {updates:.0f} updates old"
@@ -50,6 +52,13 @@ def width_warnings(capacity: int, update_size: int, drift: str) -> list[str]:
             f"{age} with drift=none: the model can lower its loss by moving new vectors away from "
             f"old ones instead of learning content, and retrieval quality may collapse; set "
             f"drift=mean, or bank_size to at most {WIDEST_PLAIN_BANK_UPDATES * update_size}"
+        ]
+    if drift == "transport":
+        if updates <= WIDEST_TRANSPORTED_BANK_UPDATES:
+            return []
+        return [
+            f"{age}: drift=transport has not been tried over so many updates; compare with a "
+            f"bank_size of at most {WIDEST_TRANSPORTED_BANK_UPDATES * update_size}"
         ]
     if updates > WIDEST_CORRECTED_BANK_UPDATES:
         return [

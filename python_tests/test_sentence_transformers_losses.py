@@ -13,16 +13,17 @@ from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
-from sentence_transformers.sentence_transformer.modules import Router
 from sentence_transformers.util import cos_sim, dot_score, euclidean_sim
 from tiny_sentence_transformer import (
     EPS,
     PAIRS,
     assert_same,
+    asymmetric,
     batch,
     features,
     gradients,
     load,
+    routed,
     rows,
     step,
 )
@@ -105,37 +106,18 @@ def test_prompts_reach_the_encoder_and_the_identity(model):
     )
 
 
-def asymmetric(start) -> SentenceTransformer:
-    """Two encoders with one address."""
-    query, document = load(start), load(start)
-    with torch.no_grad():
-        for parameter in document.parameters():
-            parameter.mul_(1.1)
-    router = Router.for_query_document(query_modules=list(query), document_modules=list(document))
-    return SentenceTransformer(modules=[router], device="cpu").double().train()
-
-
 @pytest.mark.parametrize("kind", PAIRS)
 def test_asymmetric_encoders(start, kind):
     theirs, ours, options = PAIRS[kind]
     model = asymmetric(start)
-
-    def routed() -> list[dict]:
-        columns = rows(6, 1)
-        tasks = ["query", "document", "document"]
-        return [
-            {**model.preprocess(texts, task=task), "task": task}
-            for texts, task in zip(columns.values(), tasks, strict=True)
-        ]
-
-    expected = step(theirs(model, **options), routed())
-    got = step(ours(model, bank_size=0, **options), routed())
+    expected = step(theirs(model, **options), routed(model, 6, 1))
+    got = step(ours(model, bank_size=0, **options), routed(model, 6, 1))
     assert_same(got, expected)
     loss = ours(model, bank_size=8, **options)
-    step(loss, routed())
-    assert step(loss, routed())[0] > 1.2 * expected[0]  # eight slots more to tell apart
+    step(loss, routed(model, 6, 1))
+    assert step(loss, routed(model, 6, 1))[0] > 1.2 * expected[0]  # eight slots more to tell apart
     with torch.no_grad():
-        positives = model(routed()[1])["sentence_embedding"]
+        positives = model(routed(model, 6, 1)[1])["sentence_embedding"]
     expected_passages = torch.nn.functional.normalize(positives, dim=-1)
     torch.testing.assert_close(
         loss.memory.banks["16x2"].passages()[-6:, 0], expected_passages, rtol=0, atol=8 * EPS

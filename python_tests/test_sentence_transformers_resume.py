@@ -40,6 +40,15 @@ LOSSES = {
     "cached_matryoshka": lambda m: MatryoshkaLoss(
         m, CachedContAccumLoss(m, bank_size=24, mini_batch_size=3), [16, 8]
     ),
+    # Probes are complete after 12 of the 24 rows before the checkpoint.
+    "transport": lambda m: ContAccumLoss(m, bank_size=24, drift="transport", drift_probes=12),
+    "cached_matryoshka_transport": lambda m: MatryoshkaLoss(
+        m,
+        CachedContAccumLoss(m, bank_size=24, mini_batch_size=3, drift="transport", drift_probes=12),
+        [16, 8],
+    ),
+    # Half of them were taken before the checkpoint, half are taken after it.
+    "late_transport": lambda m: ContAccumLoss(m, bank_size=24, drift="transport", drift_probes=48),
 }
 
 
@@ -61,6 +70,8 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(two_layers, tmp_path, kind)
         strict=True,
     ):
         assert ours.filled() == theirs.filled() != {}
+        if ours.probes is not None:
+            assert ours.probes.sets[2].complete
         theirs = theirs.banks.state_dict()
         assert_same_bits(ours.banks.state_dict(), theirs)
 
@@ -137,6 +148,28 @@ def test_banks_saved_with_other_settings_are_refused(start, saved, make_loss, sa
     run = trainer(start, saved, make_loss, save_strategy="no")
     with pytest.raises(RuntimeError, match=says):
         run.train(resume_from_checkpoint=str(saved / "checkpoint-3"))
+
+
+def test_a_checkpoint_without_probes_is_refused(start, saved, tmp_path):
+    run = trainer(start, saved, LOSSES["transport"], save_strategy="no")
+    with pytest.raises(RuntimeError, match="drift: expected 'transport', got 'mean'"):
+        run.train(resume_from_checkpoint=str(saved / "checkpoint-3"))
+
+    trainer(start, tmp_path, LOSSES["transport"], max_steps=3).train()
+    file = tmp_path / "checkpoint-3" / FILE
+    content = torch.load(file, weights_only=True)
+    assert content["banks"]["memory"]["_extra_state"].pop("probes").keys() == {1}
+    torch.save(content, file)
+    run = trainer(start, tmp_path, LOSSES["transport"])
+    with pytest.raises(RuntimeError, match="probes: expected those of drift='transport', got none"):
+        run.train(resume_from_checkpoint=True)
+
+
+def test_probes_of_another_number_are_refused(start, tmp_path):
+    trainer(start, tmp_path, LOSSES["transport"], max_steps=3).train()
+    run = trainer(start, tmp_path, LOSSES["late_transport"])
+    with pytest.raises(RuntimeError, match="drift_probes: expected 48, got 12"):
+        run.train(resume_from_checkpoint=True)
 
 
 def test_a_later_format_is_refused(start, saved, tmp_path):

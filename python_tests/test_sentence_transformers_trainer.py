@@ -139,14 +139,19 @@ def test_banks_too_wide_are_warned_of_in_words(start, tmp_path, caplog):
     update = BATCH * ACCUMULATION
     options = {"max_steps": 1, "save_strategy": "no"}
     with caplog.at_level(logging.WARNING, logger="contaccum_ext"):
-        for size, drift in ((16 * update, "mean"), (2 * update, "none")):
+        widest = {"mean": 16 * update, "none": 2 * update, "transport": 64 * update}
+        for drift, size in widest.items():
             make = lambda m: ContAccumLoss(m, bank_size=size, drift=drift)  # noqa: B023, E731
             trainer(start, tmp_path, make, **options).train()
         assert caplog.messages == []
-        make = lambda m: ContAccumLoss(m, bank_size=2 * update + 1, drift="none")  # noqa: E731
-        trainer(start, tmp_path, make, **options).train()
-    (message,) = caplog.messages
-    assert f"set drift=mean, or bank_size to at most {2 * update}" in message
+        for drift in ("none", "transport"):
+            size = widest[drift] + 1
+            make = lambda m: ContAccumLoss(m, bank_size=size, drift=drift)  # noqa: B023, E731
+            trainer(start, tmp_path, make, **options).train()
+    plain, transported = caplog.messages
+    assert f"set drift=mean, or bank_size to at most {2 * update}" in plain
+    assert "drift=transport has not been tried over so many updates" in transported
+    assert f"at most {64 * update}" in transported
 
 
 def test_a_dict_of_losses(start, tmp_path):
@@ -192,6 +197,22 @@ def test_mixed_precision_keeps_the_banks_in_single_precision(start, tmp_path):
         bank.queries().norm(dim=1), torch.ones(len(bank)), rtol=0, atol=16 * 2**-24
     )
     assert not torch.equal(bank.queries(), bank.queries().bfloat16().float())
+
+
+def test_mixed_precision_is_that_of_the_probes_too(start, tmp_path):
+    make = lambda m: ContAccumLoss(m, drift="transport", drift_probes=8)  # noqa: E731
+    options = {"learning_rate": 0.0, "max_steps": 2, "save_strategy": "no"}
+    last, model = {}, load(start).eval()
+    for bf16 in (False, True):
+        run = trainer(start, tmp_path, make, bf16=bf16, seed=3, **options)
+        run.train()
+        probes = memory(run).probes.sets[1]
+        last[bf16] = probes.last[0]
+        (anchors,) = probes.batches[0]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(dict(anchors))["sentence_embedding"].float()
+    assert torch.equal(last[True], expected)
+    assert not torch.equal(last[False], expected)
 
 
 def test_the_model_card_has_settings_and_citation(start, tmp_path):

@@ -14,6 +14,7 @@ from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
+from sentence_transformers.sentence_transformer.modules import Router
 from tiny_retriever import tiny_dataset
 
 from contaccum_ext.integrations.sentence_transformers import (
@@ -55,6 +56,16 @@ def load(directory: Path) -> SentenceTransformer:
     return SentenceTransformer(str(directory), device="cpu", local_files_only=True)
 
 
+def asymmetric(directory: Path) -> SentenceTransformer:
+    """Two encoders with one address."""
+    query, document = load(directory), load(directory)
+    with torch.no_grad():
+        for parameter in document.parameters():
+            parameter.mul_(1.1)
+    router = Router.for_query_document(query_modules=list(query), document_modules=list(document))
+    return SentenceTransformer(modules=[router], device="cpu").double().train()
+
+
 def features(model: SentenceTransformer, columns: dict[str, list[str]], **options) -> list[dict]:
     """What the data collator hands to a loss."""
     return [model.preprocess(texts, **options) for texts in columns.values()]
@@ -73,6 +84,16 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def batch(model, size: int = 6, negatives: int = 0, first: int = 0, **options) -> list[dict]:
     columns = rows(first + size, negatives)
     return features(model, {name: texts[first:] for name, texts in columns.items()}, **options)
+
+
+def routed(model, size: int, negatives: int, first: int = 0) -> list[dict]:
+    """The batch for an asymmetric encoder."""
+    columns = rows(first + size, negatives)
+    tasks = ["query"] + ["document"] * (1 + negatives)
+    return [
+        {**model.preprocess(texts[first:], task=task), "task": task}
+        for texts, task in zip(columns.values(), tasks, strict=True)
+    ]
 
 
 def step(loss, columns) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

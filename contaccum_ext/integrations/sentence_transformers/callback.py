@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from contaccum_ext.bank_size import width_warnings
 from contaccum_ext.integrations.sentence_transformers.memory import BankMemory
+from contaccum_ext.integrations.sentence_transformers.weights import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -199,15 +200,8 @@ def _file_name(args: TrainingArguments) -> str:
     return f"contaccum_banks{rank}.pt"
 
 
-@torch.no_grad()
 def _fingerprint(model: nn.Module) -> int:
-    """A number for the weights: 64 bits, the same on every device, cheap beside saving them."""
-    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-    sums = [p.detach().view(integers[p.dtype.itemsize]).sum() for p in model.parameters()]
-    total = 0
-    for value in torch.stack([s.cpu() for s in sums]).tolist():
-        total = (total * 6364136223846793005 + value) % 2**64
-    return total
+    return fingerprint(model.parameters())
 
 
 def _write_atomically(path: Path, content: dict[str, Any]) -> None:

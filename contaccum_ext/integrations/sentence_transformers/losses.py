@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
+    matryoshka,
 )
+from sentence_transformers.sentence_transformer.modules import Normalize
 from sentence_transformers.util import cos_sim, dot_score
 from torch import Tensor, nn
 
+from contaccum_ext.integrations.sentence_transformers.encoding import (
+    encoder_of,
+    matryoshka_around,
+)
+from contaccum_ext.integrations.sentence_transformers.features import row_count
 from contaccum_ext.integrations.sentence_transformers.identity import text_ids
 from contaccum_ext.integrations.sentence_transformers.memory import BankMemory, BankSettings
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from contaccum_ext.integrations.sentence_transformers.memory import BankOptions
+
 Similarity = Callable[[Tensor, Tensor], Tensor]
+
+# Rows encoded at once without gradients, for each row with: one layer's activations are alive, not
+# all, and fewer, larger batches keep a GPU busy.
+_PROBES_PER_ROW = 4
 
 CITATION = """
 @inproceedings{kim2024contaccum,
@@ -39,19 +56,14 @@ class _Banked(nn.Module):
     memory: BankMemory
     _identities: list[Tensor | None]
 
-    def _add_memory(
-        self, bank_size: int | str, drift: str, row_weighting: str, mask_duplicates: bool
-    ) -> None:
+    def _add_memory(self, **banks: Unpack[BankOptions]) -> None:
         if self.similarity_fct not in (cos_sim, dot_score):
             name = getattr(self.similarity_fct, "__name__", repr(self.similarity_fct))
             raise ValueError(
                 f"similarity_fct: expected cos_sim or dot_score of sentence_transformers.util, "
                 f"got {name}: scores of banked vectors are inner products"
             )
-        normalize = self.similarity_fct is cos_sim
-        self.memory = BankMemory(
-            BankSettings(bank_size, drift, row_weighting, mask_duplicates, normalize)
-        )
+        self.memory = BankMemory(BankSettings(self.similarity_fct is cos_sim, **banks))
         self._identities = []
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
@@ -66,9 +78,11 @@ class _Banked(nn.Module):
             ValueError: there are fewer than two columns.
         """
         columns = list(sentence_features)
-        if self.memory.settings.mask_duplicates and self._uses_banks():
+        if self._uses_banks():
             # Before the model runs: its modules may change the features that they are given.
-            self._identities = [text_ids(features) for features in columns[1:]]
+            if self.memory.settings.mask_duplicates:
+                self._identities = [text_ids(features) for features in columns[1:]]
+            self._follow(columns)
         try:
             return super().forward(columns, labels)
         finally:
@@ -85,20 +99,36 @@ class _Banked(nn.Module):
         # AdaptiveLayerLoss asks for the loss of other layers too, a few drawn for each batch. Their
         # vectors must not enter the last layer's bank, and banks of their own would fill so rarely
         # that they would always be stale.
-        parts = self.model.modules()
-        encoder = next(part for part in parts if isinstance(part, SentenceTransformer))[0]
-        return getattr(encoder.forward, "layer_idx", None) is None
+        return getattr(encoder_of(self.model)[0].forward, "layer_idx", None) is None
+
+    def _follow(self, columns: list[dict[str, Tensor]]) -> None:
+        """Let the banks go where optimizer steps have taken the probes since the last batch."""
+        probes, outer = self.memory.probes, matryoshka_around(self.model)
+        # MatryoshkaLoss shows a batch once for each size, its vectors from the first time.
+        again = outer is not None and outer.cache_dim is not None
+        if probes is None or self.memory.capacity == 0 or len(columns) < 2 or again:
+            return
+        rows = row_count(columns[0])
+        rows = min(rows, getattr(self, "mini_batch_size", rows))
+        encoder = encoder_of(self.model)
+        moves = probes.follow(encoder, columns, _PROBES_PER_ROW * rows)
+        inner = getattr(self, "calculate_loss", None)  # MatryoshkaLoss decorates it
+        unit = (
+            self.memory.settings.normalize
+            or outer is not None
+            or isinstance(inner, matryoshka.CachedLossDecorator)
+            or any(isinstance(part, Normalize) for part in encoder.modules())
+        )
+        self.memory.follow(moves, unit)
 
     def get_config_dict(self) -> dict[str, Any]:
         """Settings for the model card."""
-        settings = self.memory.settings
+        settings = asdict(self.memory.settings)
+        del settings["normalize"]  # follows from the similarity
         return {
             "scale": self.scale,
             "similarity_fct": self.similarity_fct.__name__,
-            "bank_size": settings.size,
-            "drift": settings.drift,
-            "row_weighting": settings.row_weighting,
-            "mask_duplicates": settings.mask_duplicates,
+            **settings,
         }
 
 
@@ -119,13 +149,24 @@ class ContAccumLoss(_Banked, MultipleNegativesRankingLoss):
         model: encodes the columns; one encoder or a Router.
         scale: similarities are multiplied by it; 1 / temperature.
         similarity_fct: ``cos_sim`` or ``dot_score`` of ``sentence_transformers.util``.
-        bank_size: slots, each a row of the data set; 0 for no bank; "auto" for eight updates'
-            worth, 8 * per_device_train_batch_size * gradient_accumulation_steps, at most the
-            training set. That needs ``ContAccumCallback``; without it "auto" is 1,024.
-        drift: "mean" corrects old vectors by the shift of their mean, "none" does not.
-        row_weighting: "local" weights every row 1/n, "all" 1/(n + filled slots) as in the paper.
-        mask_duplicates: leave a passage out of a row's negatives if its tokens are those of the
-            row's positive. Texts truncated to the same tokens count as the same.
+        banks: settings of the banks, by name: see below.
+
+    Keyword Args:
+        bank_size (int | str): slots, each a row of the data set; 0 for no bank; "auto" (default)
+            for eight updates' worth, 8 * per_device_train_batch_size *
+            gradient_accumulation_steps, at most the training set. That needs
+            ``ContAccumCallback``; without it "auto" is 1,024.
+        drift (str): "mean" (default) corrects old vectors by the shift of their mean; "transport"
+            encodes a few texts, the probes, again after every optimizer step and moves all banked
+            vectors as these have moved; "none" leaves them as they are.
+        row_weighting (str): "local" (default) weights every row 1/n, "all" 1/(n + filled slots) as
+            in the paper.
+        mask_duplicates (bool): leave a passage out of a row's negatives if its tokens are those of
+            the row's positive (default). Texts truncated to the same tokens count as the same.
+        drift_probes (int): of "transport": anchors, and about as many passages in all, the first
+            that training shows (default 64). Until there are so many, banks are not moved.
+        drift_ridge (float): of "transport": larger trusts the probes less (default 0.1); in units
+            of the mean eigenvalue of their Gram matrix.
 
     Under ``MatryoshkaLoss`` each size of embedding has its own bank; under ``AdaptiveLayerLoss``
     the last layer has banks and the other layers, drawn now and then, are trained in-batch.
@@ -141,13 +182,11 @@ class ContAccumLoss(_Banked, MultipleNegativesRankingLoss):
         model: SentenceTransformer,
         scale: float = 20.0,
         similarity_fct: Similarity = cos_sim,
-        bank_size: int | str = "auto",
-        drift: str = "mean",
-        row_weighting: str = "local",
-        mask_duplicates: bool = True,
+        **banks: Unpack[BankOptions],
     ) -> None:
-        super().__init__(_checked(model), scale, similarity_fct)
-        self._add_memory(bank_size, drift, row_weighting, mask_duplicates)
+        encoder_of(model)
+        super().__init__(model, scale, similarity_fct)
+        self._add_memory(**banks)
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         """() loss, where the columns have been encoded already.
@@ -178,11 +217,8 @@ class CachedContAccumLoss(_Banked, CachedMultipleNegativesRankingLoss):
         scale: similarities are multiplied by it; 1 / temperature.
         similarity_fct: ``cos_sim`` or ``dot_score`` of ``sentence_transformers.util``.
         mini_batch_size: rows encoded at a time.
-        bank_size: slots, each a row of the data set; 0 for no bank; "auto" as in ContAccumLoss.
-        drift: "mean" corrects old vectors by the shift of their mean, "none" does not.
-        row_weighting: "local" weights every row 1/n, "all" 1/(n + filled slots) as in the paper.
-        mask_duplicates: leave a passage out of a row's negatives if its tokens are those of the
-            row's positive.
+        banks: settings of the banks, by name: bank_size, drift, row_weighting, mask_duplicates,
+            drift_probes and drift_ridge, as in ContAccumLoss.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -196,13 +232,11 @@ class CachedContAccumLoss(_Banked, CachedMultipleNegativesRankingLoss):
         scale: float = 20.0,
         similarity_fct: Similarity = cos_sim,
         mini_batch_size: int = 32,
-        bank_size: int | str = "auto",
-        drift: str = "mean",
-        row_weighting: str = "local",
-        mask_duplicates: bool = True,
+        **banks: Unpack[BankOptions],
     ) -> None:
-        super().__init__(_checked(model), scale, similarity_fct, mini_batch_size)
-        self._add_memory(bank_size, drift, row_weighting, mask_duplicates)
+        encoder_of(model)
+        super().__init__(model, scale, similarity_fct, mini_batch_size)
+        self._add_memory(**banks)
 
     def calculate_loss(
         self,
@@ -234,9 +268,3 @@ class CachedContAccumLoss(_Banked, CachedMultipleNegativesRankingLoss):
     def citation(self) -> str:
         """BibTeX of both methods."""
         return CITATION + super().citation
-
-
-def _checked(model: SentenceTransformer) -> SentenceTransformer:
-    if not any(isinstance(part, SentenceTransformer) for part in model.modules()):
-        raise TypeError(f"model: expected a SentenceTransformer, got {type(model).__name__}")
-    return model

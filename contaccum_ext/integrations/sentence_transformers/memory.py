@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,24 @@ from contaccum_ext import validation
 from contaccum_ext.bank import DualMemoryBank
 from contaccum_ext.bank_size import auto_bank_size
 from contaccum_ext.functional import contaccum_loss
+from contaccum_ext.integrations.sentence_transformers.probes import Move, Probes
 from contaccum_ext.ops import op_runs_on
+from contaccum_ext.transport import transport
 
 logger = logging.getLogger(__name__)
 
 UNKNOWN_RUN_SLOTS = 1024  # of an automatic bank as long as nobody says how large an update is
+
+
+class BankOptions(TypedDict, total=False):
+    """What the losses accept beside the arguments of the losses that they replace."""
+
+    bank_size: int | str
+    drift: str
+    row_weighting: str
+    mask_duplicates: bool
+    drift_probes: int
+    drift_ridge: float
 
 
 @dataclass(frozen=True)
@@ -29,33 +42,39 @@ class BankSettings:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
-    size: int | str  # slots; 0 for no bank; "auto"
-    drift: str  # "mean" or "none"
-    row_weighting: str  # "local" or "all"
-    mask_duplicates: bool
     normalize: bool  # cosine scores
+    bank_size: int | str = "auto"  # slots; 0 for no bank; "auto"
+    drift: str = "mean"  # "mean", "transport" or "none"
+    row_weighting: str = "local"  # "local" or "all"
+    mask_duplicates: bool = True
+    drift_probes: int = 64  # of transport
+    drift_ridge: float = 0.1  # of transport
 
     def __post_init__(self) -> None:
-        number = isinstance(self.size, int) and not isinstance(self.size, bool) and self.size >= 0
-        if self.size != "auto" and not number:
-            raise ValueError(
-                f"bank_size: expected 'auto' or a number of slots >= 0, got {self.size!r}"
-            )
-        validation.choice("drift", self.drift, ("mean", "none"))
+        size = self.bank_size
+        number = isinstance(size, int) and not isinstance(size, bool) and size >= 0
+        if size != "auto" and not number:
+            raise ValueError(f"bank_size: expected 'auto' or a number of slots >= 0, got {size!r}")
+        validation.choice("drift", self.drift, ("mean", "transport", "none"))
         validation.choice("row_weighting", self.row_weighting, ("local", "all"))
+        validation.count("drift_probes", self.drift_probes)
+        validation.positive("drift_ridge", self.drift_ridge)
 
 
 class BankMemory(nn.Module):
     """One bank for each shape of batch: embedding size d and passages per query m.
 
     Batches of another shape come from ``MatryoshkaLoss`` or from data sets with other columns.
-    Banks are in ``state_dict`` and are made anew by ``load_state_dict``.
+    Banks, and with drift="transport" the probes, are in ``state_dict``; ``load_state_dict`` makes
+    them anew.
     """
 
     def __init__(self, settings: BankSettings) -> None:
         super().__init__()
         self.settings = settings
         self.banks = nn.ModuleDict()
+        used = settings.drift == "transport" and settings.bank_size != 0
+        self.probes = Probes(settings.drift_probes) if used else None
         self._update_size: int | None = None
         self._training_queries: int | None = None
 
@@ -67,13 +86,15 @@ class BankMemory(nn.Module):
             training_queries: rows of the training set; None if unknown.
         """
         self.banks.clear()
+        if self.probes is not None:
+            self.probes.clear()
         self._update_size, self._training_queries = update_size, training_queries
 
     @property
     def capacity(self) -> int:
         """Slots of each bank made from now on."""
-        if not isinstance(self.settings.size, str):
-            return self.settings.size
+        if not isinstance(self.settings.bank_size, str):
+            return self.settings.bank_size
         if self._update_size is None:
             return UNKNOWN_RUN_SLOTS
         return auto_bank_size(self._update_size, self._training_queries)
@@ -99,8 +120,7 @@ class BankMemory(nn.Module):
                 f"got {len(columns)}"
             )
         device = columns[0].device
-        # Where the op has no kernel for the device, the few embeddings travel to the CPU.
-        place = device if op_runs_on(device) else torch.device("cpu")
+        place = _place(device)
         queries, *passages = (self._prepare(column.to(place)) for column in columns)
         stacked = torch.stack(passages, 1)  # (n, m, d)
         ids = None
@@ -116,9 +136,39 @@ class BankMemory(nn.Module):
         )
         return loss.to(device)
 
+    def follow(self, moves: Mapping[int, Move], unit: bool) -> None:
+        """Move the banks as probes have been moved.
+
+        Args:
+            moves: for each m the probes' embeddings (R, D) before and after, one per column; banks
+                of a smaller size hold the first of the D numbers.
+            unit: banked vectors have length 1.
+        """
+        for bank in self.banks.values():
+            assert isinstance(bank, DualMemoryBank)
+            if bank.passages_per_query in moves:
+                (old_queries, *old), (new_queries, *new) = (
+                    [self._shorten(column, bank.dim, unit) for column in columns]
+                    for columns in moves[bank.passages_per_query]
+                )
+                _move_to(bank, new_queries.device)
+                transport(
+                    bank,
+                    old_queries,
+                    new_queries,
+                    torch.cat(old),
+                    torch.cat(new),
+                    ridge=self.settings.drift_ridge,
+                    normalize=unit,
+                )
+
+    def _shorten(self, column: Tensor, dim: int, unit: bool) -> Tensor:
+        """Probes (R, D) as a bank of size d would hold them: (R, d)."""
+        column = _widen(column.to(_place(column.device)))[:, :dim]
+        return nn.functional.normalize(column, dim=-1) if unit else column
+
     def _prepare(self, column: Tensor) -> Tensor:
-        if column.dtype.itemsize < 4:  # as sentence-transformers does before it computes scores
-            column = column.float()
+        column = _widen(column)
         return nn.functional.normalize(column, dim=-1) if self.settings.normalize else column
 
     def _bank(self, passages: Tensor) -> DualMemoryBank | None:
@@ -132,41 +182,49 @@ class BankMemory(nn.Module):
             logger.info(f"New bank: {self.capacity} slots of {1 + m} vectors of size {dim}")
         bank = self.banks[name]
         assert isinstance(bank, DualMemoryBank)
-        if bank.cursor.device != passages.device:  # restored, or the model has moved
-            bank.to(passages.device)
+        _move_to(bank, passages.device)
         return bank
 
     def _new_bank(self, like: Tensor) -> DualMemoryBank:
         """An empty bank for passages such as these (rows, m, d)."""
         _, m, dim = like.shape
-        return DualMemoryBank(
-            self.capacity, dim, m, like.dtype, like.device, drift=self.settings.drift
-        )
+        drift = "none" if self.settings.drift == "transport" else self.settings.drift
+        return DualMemoryBank(self.capacity, dim, m, like.dtype, like.device, drift=drift)
 
     def filled(self) -> dict[str, int]:
         """Filled slots of each bank by its shape, dxm (reads the device)."""
         return {name: len(bank) for name, bank in self.banks.items()}  # type: ignore[arg-type]
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What must be the same for a stored bank to mean the same."""
-        return {
+        """What must be the same for a stored bank to mean the same, and the probes."""
+        state = self._identity()
+        return state if self.probes is None else state | {"probes": self.probes.state_dict()}
+
+    def _identity(self) -> dict[str, Any]:
+        settings = self.settings
+        identity = {
             "bank_size": self.capacity,
-            "drift": self.settings.drift,
-            "mask_duplicates": self.settings.mask_duplicates,
-            "normalize": self.settings.normalize,
+            "drift": settings.drift,
+            "mask_duplicates": settings.mask_duplicates,
+            "normalize": settings.normalize,
         }
+        return identity if self.probes is None else identity | {"drift_probes": self.probes.count}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Nothing to take over: it has been found to be the same before anything was loaded."""
+        """Take the probes; the rest has been found to be the same before anything was loaded."""
+        if self.probes is not None:
+            self.probes.load_state_dict(state["probes"])
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, extra, errors):
         """Refuse the banks of another setting, then make those that are to be filled."""
-        here, stored = self.get_extra_state(), state_dict.get(f"{prefix}_extra_state")
+        here, stored = self._identity(), state_dict.get(f"{prefix}_extra_state")
         differences = [
             f"{prefix}{name}: expected {value!r}, got {stored.get(name)!r}"
             for name, value in here.items()
             if stored is not None and stored.get(name) != value
         ]
+        if not differences and self.probes is not None and "probes" not in (stored or {}):
+            differences = [f"{prefix}probes: expected those of drift='transport', got none"]
         errors.extend(differences)
         if differences:
             return
@@ -180,6 +238,21 @@ class BankMemory(nn.Module):
     def extra_repr(self) -> str:
         """Say what ``repr`` shows beside the banks."""
         return f"{self.settings}"
+
+
+def _place(device: torch.device) -> torch.device:
+    """Where the op runs: without a kernel for the device the few embeddings travel to the CPU."""
+    return device if op_runs_on(device) else torch.device("cpu")
+
+
+def _move_to(bank: DualMemoryBank, device: torch.device) -> None:
+    if bank.cursor.device != device:  # restored, or the model has moved
+        bank.to(device)
+
+
+def _widen(column: Tensor) -> Tensor:
+    """As sentence-transformers does before it computes scores."""
+    return column.float() if column.dtype.itemsize < 4 else column
 
 
 def _stack_identities(
