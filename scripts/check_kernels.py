@@ -30,9 +30,8 @@ import cuda_build
 KNOWN_SPILLS = Path(__file__).with_name("known_spills.txt")
 # (kernel, architecture), both as patterns.  A pattern that fits no kernel is an error.
 MUST_NOT_SPILL = [
-    # All but those for d beyond 768, whose sums leave the scoring warpgroup too little.
-    ("attend_sm90a<*, HopperTile<128, *>*", "sm_90a"),
-    ("attend_sm90a<*, HopperTile<384, *>*", "sm_90a"),
+    # The others spilled nothing either until offsets became tiles of theirs: docs/lab-notebook.md.
+    ("attend_sm90a<*, (Side)2, HopperTile<128, *>*", "sm_90a"),
     # By slices of d that a warp owns and eights of local vectors: all but the widest of both.
     ("attend_mma<*, 6, 4>", "sm_90"),
     ("attend_mma<*, 3, *>", "sm_[89]0"),
