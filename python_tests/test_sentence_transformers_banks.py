@@ -30,6 +30,7 @@ from tiny_sentence_transformer import (
 
 from contaccum_ext import DualMemoryBank, contaccum_loss, reference
 from contaccum_ext.integrations.sentence_transformers import ContAccumLoss
+from contaccum_ext.integrations.sentence_transformers.memory import MEAN_DECAY
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_a_history_of_batches_is_the_oracles(model, kind, drift, row_weighting):
         mask_duplicates=False,
         **options,
     )
-    bank = reference.DualMemoryBank(20, 16, 2, torch.float64, drift=drift)
+    bank = reference.DualMemoryBank(20, 16, 2, torch.float64, drift, MEAN_DECAY)
     for first in (0, 7, 14, 21):
         got = step(loss, batch(model, 7, 1, first))
         queries, *passages = embed(model, batch(model, 7, 1, first))
@@ -118,7 +119,7 @@ def test_equal_passages_are_left_out_of_a_rows_negatives(model, kind):
     ids = torch.tensor([[0, 10], [1, 2], [2, 12], [0, 13]])
     loss = ours(model, bank_size=16, **options)
     plain = ours(model, bank_size=16, mask_duplicates=False, **options)
-    bank = reference.DualMemoryBank(16, 16, 2, torch.float64, drift="mean")
+    bank = reference.DualMemoryBank(16, 16, 2, torch.float64, "mean", MEAN_DECAY)
     for _ in range(2):  # the second time everything is in the bank as well
         got = step(loss, features(model, columns))
         queries, *passages = embed(model, features(model, columns))
@@ -137,7 +138,9 @@ def test_matryoshka_keeps_a_bank_for_each_size(model, kind):
     assert_same(step(plain, batch(model, 6, 1)), expected)
 
     loss = MatryoshkaLoss(model, ours(model, bank_size=20, **options), **weights)
-    bank = {dim: reference.DualMemoryBank(20, dim, 2, torch.float64, "mean") for dim in (16, 4)}
+    bank = {
+        dim: reference.DualMemoryBank(20, dim, 2, torch.float64, "mean", 0.5) for dim in (16, 4)
+    }
     for first in (0, 6):
         got = step(loss, batch(model, 6, 1, first))
         columns = [model(c)["sentence_embedding"] for c in batch(model, 6, 1, first)]

@@ -20,6 +20,9 @@ from contaccum_ext.transport import transport
 
 logger = logging.getLogger(__name__)
 
+# Of drift="mean", per batch. How many batches make an update is not known here; means that lag by
+# more than an update do harm, less smooth ones do not (docs/drift.md). These lag by one batch.
+MEAN_DECAY = 0.5
 UNKNOWN_RUN_SLOTS = 1024  # of an automatic bank as long as nobody says how large an update is
 
 
@@ -189,7 +192,9 @@ class BankMemory(nn.Module):
         """An empty bank for passages such as these (rows, m, d)."""
         _, m, dim = like.shape
         drift = "none" if self.settings.drift == "transport" else self.settings.drift
-        return DualMemoryBank(self.capacity, dim, m, like.dtype, like.device, drift=drift)
+        return DualMemoryBank(
+            self.capacity, dim, m, like.dtype, like.device, drift=drift, drift_decay=MEAN_DECAY
+        )
 
     def filled(self) -> dict[str, int]:
         """Filled slots of each bank by its shape, dxm (reads the device)."""
