@@ -157,8 +157,8 @@ class BankTransport:
         follow(encode(probe_queries), encode(probe_passages))
 
     The errors of the maps that a slot has been through add up to its staleness. Slots beyond the
-    limit are left out by the bank's window: they cost nothing and come back when it widens, which
-    it does once the model moves more slowly.
+    limit are left out by the bank's window and cost nothing. They do not come back; the window
+    widens with newer slots once the model moves more slowly.
 
     Args:
         bank: with drift="none".

@@ -28,12 +28,11 @@ Histories = Mapping[str, Sequence[UpdateMetrics]]  # by the name in the legend
 
 def loss_plot(histories: Histories) -> str:
     """In-batch loss over the updates, per run."""
-
-    def finish(axes: Axes) -> None:
-        axes.set_ylabel("in-batch loss (groups of n, no bank)")
-        axes.set_ylim(bottom=0)
-
-    return _plot(histories, lambda metrics: metrics.in_batch_loss, finish)
+    return _plot(
+        histories,
+        lambda metrics: metrics.in_batch_loss,
+        _from_zero("in-batch loss (groups of n, no bank)"),
+    )
 
 
 def gradient_ratio_plot(histories: Histories) -> str:
@@ -51,12 +50,9 @@ def gradient_ratio_plot(histories: Histories) -> str:
 
 def learning_rate_plot(histories: Histories) -> str:
     """Learning rate over the updates, per run."""
-
-    def finish(axes: Axes) -> None:
-        axes.set_ylabel("learning rate")
-        axes.set_ylim(bottom=0)
-
-    return _plot(histories, lambda metrics: metrics.learning_rate, finish, noisy=False)
+    return _plot(
+        histories, lambda metrics: metrics.learning_rate, _from_zero("learning rate"), noisy=False
+    )
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:
@@ -69,32 +65,24 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
 
 def bank_plot(histories: Histories) -> str:
     """Age of the oldest banked slot in updates, per run."""
-
-    def finish(axes: Axes) -> None:
-        axes.set_ylabel("age of the oldest slot, updates")
-        axes.set_ylim(bottom=0)
-
-    return _plot(histories, lambda metrics: metrics.bank_oldest, finish, noisy=False)
+    return _plot(
+        histories,
+        lambda metrics: metrics.bank_oldest,
+        _from_zero("age of the oldest slot, updates"),
+        noisy=False,
+    )
 
 
 def memory_plot(histories: Histories) -> str:
     """Peak memory in MiB, per run."""
-
-    def finish(axes: Axes) -> None:
-        axes.set_ylabel("peak memory, MiB")
-        axes.set_ylim(bottom=0)
-
-    return _plot(histories, lambda metrics: metrics.peak_memory, finish, noisy=False)
+    return _plot(
+        histories, lambda metrics: metrics.peak_memory, _from_zero("peak memory, MiB"), noisy=False
+    )
 
 
 def speed_plot(histories: Histories) -> str:
     """Queries trained on per second, per run."""
-
-    def finish(axes: Axes) -> None:
-        axes.set_ylabel("queries / s")
-        axes.set_ylim(bottom=0)
-
-    return _plot(histories, lambda metrics: metrics.queries_per_second, finish)
+    return _plot(histories, lambda metrics: metrics.queries_per_second, _from_zero("queries / s"))
 
 
 def mass_plot(histories: Histories) -> str:
@@ -113,6 +101,16 @@ def mass_plot(histories: Histories) -> str:
         axes.set_ylabel("softmax mass")
         axes.set_ylim(bottom=0)
     return svg.getvalue()
+
+
+def _from_zero(label: str) -> Callable[[Axes], None]:
+    """Label the vertical axis, and let it begin at zero."""
+
+    def finish(axes: Axes) -> None:
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+
+    return finish
 
 
 def _plot(

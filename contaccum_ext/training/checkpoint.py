@@ -9,7 +9,6 @@ CHECKPOINT/training_state.pt   optimizer, bank and random state; absent in the f
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from contaccum_ext.files import flush
 from contaccum_ext.training.config import TrainConfig
 from contaccum_ext.training.encoder import (
     QUERY_DIRECTORY,
@@ -130,15 +130,6 @@ def _temporary(target: Path) -> Path:
 
 def _previous(target: Path) -> Path:
     return target.parent / f".{target.name}.old"
-
-
-def flush(path: Path) -> None:
-    """Wait until a file or directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_checkpoint(checkpoint: Checkpoint, state: dict[str, Any] | None = None) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,11 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from contaccum_ext.files import replace_file
 from contaccum_ext.training.checkpoint import (
     SETTINGS_FILE,
     STATE_FILE,
     Checkpoint,
-    flush,
     open_checkpoint,
     settle,
     standing,
@@ -133,12 +132,7 @@ class RunDirectory:
         ]
 
     def _replace(self, name: str, text: str) -> None:
-        """Write a file such that at every moment the old or the new one is there, complete."""
-        temporary = self.path / f".{name}.new"
-        temporary.write_text(text, encoding="utf-8")
-        flush(temporary)
-        os.replace(temporary, self.path / name)
-        flush(self.path)
+        replace_file(self.path / name, lambda file: file.write(text.encode()))
 
 
 def _updates_of(checkpoint: Path) -> int:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from contaccum_ext.training.checkpoint import flush
+from contaccum_ext.files import flush
 from contaccum_ext.training.rules import ConfigError
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from contaccum_ext.bank_size import width_warnings
+from contaccum_ext.files import replace_file
 from contaccum_ext.integrations.sentence_transformers.memory import BankMemory
 from contaccum_ext.integrations.sentence_transformers.weights import fingerprint
 
@@ -95,7 +95,7 @@ class ContAccumCallback(TrainerCallback):
             "weights": _fingerprint(model),
             "banks": {name: memory.state_dict() for name, memory in self.memories.items()},
         }
-        _write_atomically(directory / _file_name(args), content)
+        replace_file(directory / _file_name(args), lambda file: torch.save(content, file))
 
     def on_log(
         self,
@@ -202,22 +202,3 @@ def _file_name(args: TrainingArguments) -> str:
 
 def _fingerprint(model: nn.Module) -> int:
     return fingerprint(model.parameters())
-
-
-def _write_atomically(path: Path, content: dict[str, Any]) -> None:
-    """The file is at every moment the old one, if there was one, or the new one, complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the new name, too, survives a power failure
-    finally:
-        os.close(directory)
