@@ -242,7 +242,8 @@ def test_refuses_what_it_does_not_know():
         make("transport", world.context, {"kernel": "cubic"})
 
 
-def test_follow_leaves_out_what_its_maps_have_lost():
+@pytest.mark.parametrize("name", ["follow", "follow-mean"])
+def test_follow_leaves_out_what_its_maps_have_lost(name):
     """The window is that of the sums of errors; the last update's slots always count."""
     generator = torch.Generator().manual_seed(8)
     noise = torch.randn(UPDATES, D, generator=generator, dtype=torch.float64)
@@ -251,12 +252,16 @@ def test_follow_leaves_out_what_its_maps_have_lost():
         return vectors + 0.3 * now * (vectors @ noise[now][:, None]).sin()
 
     world = World(twist)
-    correction = make("follow", world.context, {"limit": 1e9, "probes": 12, "ridge": 0.1})
+    correction = make(name, world.context, {"limit": 1e9, "probes": 12, "ridge": 0.1})
     assert not world.run(correction).absent.any()
-    stale = correction.stale[: UPDATES - 1]
-    assert (stale > 0).all() and (stale[:-1] > stale[1:]).all() and correction.stale[-1] == 0
+    stale = correction.trust.stale[: UPDATES - 1]
+    assert (stale > 0).all() and (stale[:-1] > stale[1:]).all()
+    assert correction.trust.stale[-1] == 0
     world = World(twist)
-    small = make("follow", world.context, {"limit": 1e-9, "probes": 12, "ridge": 0.1})
+    small = make(name, world.context, {"limit": 1e-9, "probes": 12, "ridge": 0.1})
     view, slots = world.run(small), world.history.view(UPDATES - 1)
     written = torch.arange(slots.start, slots.stop) // SIZE
     assert torch.equal(view.absent, written < UPDATES - 2)
+    world = World(twist)
+    least = make(name, world.context, {"limit": 1e-9, "probes": 12, "ridge": 0.1, "floor": 0})
+    assert torch.equal(world.run(least).absent, written < UPDATES - 1)

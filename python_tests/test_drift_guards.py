@@ -151,6 +151,20 @@ def test_transport_about_the_mean_turns_differences_and_follows_the_mean():
     )
 
 
+def test_predicted_means_do_not_lag():
+    """Means that batches hardly correct are where an exact map takes them."""
+
+    def move(vectors, update):
+        return rotation(vectors, update) + 0.3 * update
+
+    world = World(move)
+    options = {"probes": 30, "ridge": 1e-12, "decay": 1 - 1e-12, "predict": True}
+    view = world.run(make("transport-mean", world.context, options))
+    torch.testing.assert_close(
+        view.seen(slice(None), 0), world.truth(UPDATES - 1), rtol=0, atol=1e-7
+    )
+
+
 def test_an_oracle_draws_dropout_if_asked():
     world = World(translation)
     drawn_with = []

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from benchmarks.drift import methods
 from benchmarks.drift.data import draw, load
+from benchmarks.drift.default_tables import LIBRARY
 from benchmarks.drift.encoder import _attend, _attend_packed, build
 from benchmarks.drift.loss import update_loss
 from benchmarks.drift.prepare import prepare
@@ -23,7 +24,12 @@ from benchmarks.drift.settings import Setting
 from benchmarks.drift.tables import FOLLOW, GUARDS, IDEAS
 
 CPU = torch.device("cpu")
-TRIED = (*IDEAS, *GUARDS, *(("follow", options) for options in FOLLOW[:2]))
+TRIED = (
+    *IDEAS,
+    *GUARDS,
+    *(("follow", options) for options in FOLLOW[:2]),
+    ("follow-mean", LIBRARY),
+)
 TINY = {"layers": 1, "n": 4, "accumulation": 2, "learning_rate": 1e-3, "bf16": False, "epochs": 4}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.drift.corrections import Context, Correction, Mean
 from benchmarks.drift.data import upload
 from benchmarks.drift.loss import BankView
-from benchmarks.drift.transport import Displacement, Transport
+from benchmarks.drift.transport import Displacement, Transport, TransportMean
 
 _AGES = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # at which a guard looks, in updates
 _SMOOTH = 0.8  # decay of what a guard has seen, per update
@@ -145,42 +145,89 @@ def _squares(values: Tensor) -> Tensor:
     return torch.stack([values, torch.zeros_like(values)], 1)
 
 
-class Follow(Transport):
-    """Transport within a window: the errors of the maps that a slot has been through add up.
+class Trust:
+    """How stale each update's slots are: the errors of the maps that they have been through add up.
 
     An error is that of predicting each probe from the others (`Displacement.error`), the larger of
-    both sides. A slot beyond the limit takes no part any more; what is not older than the last
-    update always does, as in a bank of one update.
+    both sides. A slot beyond the limit takes no part any more; what is not older than `floor`
+    updates always does.
 
     Args:
         context: of the run.
         limit: of the sum, in spreads of the probes.
+        floor: 1 keeps the last update and this one, as a bank of one update does in part.
+    """
+
+    def __init__(self, context: Context, limit: float, floor: int) -> None:
+        self.history, self.limit, self.floor = context.history, limit, floor
+        updates = len(self.history.queries) // self.history.update_size + 1
+        self.stale = torch.zeros(updates, device=context.device)  # by update of enqueueing
+
+    def add(self, update: int, errors: list[Tensor]) -> None:
+        """Those of both sides' maps after an update's step."""
+        self.stale[: update + 1] += torch.stack(errors).max().to(self.stale)
+
+    def absent(self, update: int) -> Tensor:
+        """(slots in view,) bool."""
+        slots = self.history.view(update)
+        position = torch.arange(slots.start, slots.stop, device=self.stale.device)
+        written = position // self.history.update_size
+        # Not >: where an error is not a number the model is lost, and the smallest window right.
+        return ~(self.stale[written] <= self.limit) & (written < update - self.floor)
+
+
+class Follow(Transport):
+    """Transport within the window of slots that may be trusted (`Trust`).
+
+    Args:
+        context: of the run.
+        limit: see `Trust`.
         choose: do nothing, shift, or map, whichever predicts probes best.
+        floor: see `Trust`.
         options: of `Transport`, linear.
     """
 
     def __init__(
-        self, context: Context, limit: float, choose: bool = False, **options: Any
+        self,
+        context: Context,
+        limit: float,
+        choose: bool = False,
+        floor: int = 1,
+        **options: Any,
     ) -> None:
         super().__init__(context, **options)
-        self.limit, self.chooses = limit, choose
-        updates = len(self.history.queries) // self.history.update_size + 1
-        self.stale = torch.zeros(updates, device=context.device)  # by update of enqueueing
+        self.trust, self.chooses = Trust(context, limit, floor), choose
 
     def before_loss(self, update: int) -> BankView:
-        view, slots = super().before_loss(update), self.history.view(update)
-        position = torch.arange(slots.start, slots.stop, device=self.stale.device)
-        written = position // self.history.update_size
-        # Not >: where an error is not a number the model is lost, and the smallest window right.
-        beyond = ~(self.stale[written] <= self.limit) & (written < update - 1)
-        return replace(view, absent=beyond)
+        return replace(super().before_loss(update), absent=self.trust.absent(update))
 
     def fields(self, update: int) -> list[Displacement]:
         found = super().fields(update)
         errors = [field.choose() if self.chooses else field.error for field in found]
-        error = torch.stack(errors).max()
-        self.stale[: update + 1] += error.to(self.stale)
+        self.trust.add(update, errors)
         return found
+
+
+class FollowMean(TransportMean):
+    """`TransportMean` within the window of slots that may be trusted (`Trust`).
+
+    Args:
+        context: of the run.
+        limit: see `Trust`.
+        floor: see `Trust`.
+        options: of `TransportMean`.
+    """
+
+    def __init__(self, context: Context, limit: float, floor: int = 1, **options: Any) -> None:
+        super().__init__(context, **options)
+        self.trust = Trust(context, limit, floor)
+
+    def before_loss(self, update: int) -> BankView:
+        return replace(super().before_loss(update), absent=self.trust.absent(update))
+
+    def turn(self, update: int, fields: list[Displacement]) -> None:
+        self.trust.add(update, [field.error for field in fields])
+        super().turn(update, fields)
 
 
 class Project(Mean):

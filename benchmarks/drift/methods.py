@@ -16,6 +16,7 @@ CORRECTIONS: dict[str, Callable[..., corrections.Correction]] = {
     "refresh": corrections.Refresh,
     "guard": guards.Guard,
     "follow": guards.Follow,
+    "follow-mean": guards.FollowMean,
     "project": guards.Project,
     "transport": transport.Transport,
     "transport-batch": transport.TransportBatch,

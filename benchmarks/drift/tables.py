@@ -9,13 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from benchmarks.drift.default_tables import default, library
+from benchmarks.drift.families import DATA, SCORES, TRANSPORT, banks, baselines
 from benchmarks.drift.settings import Setting
 
-DATA = ("squad_sent", "medquad")
 BASELINE = "inbatch"  # the label compared with, unless the command names another
-
-TRANSPORT: dict[str, Any] = {"probes": 64, "ridge": 0.1}
-SCORES: dict[str, Any] = {"limit": 0.25, "measure": "scores", "sample": 16}
 
 # (correction, options), in the order of interest
 IDEAS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -67,32 +65,17 @@ FOLLOW: tuple[dict[str, Any], ...] = (
 )
 
 
-def _methods(seed: int, data: str) -> list[Setting]:
-    """The rows every table is read against."""
-    return [
-        Setting(data, seed, "inbatch"),
-        Setting(data, seed, "gradaccum"),
-    ]
-
-
-def _banks(seed: int, data: str, correction: str, sizes: Sequence[int]) -> list[Setting]:
-    options = {"transport": TRANSPORT, "guard": SCORES}.get(correction, {})
-    return [
-        Setting(data, seed, bank=bank, correction=correction, options=options) for bank in sizes
-    ]
-
-
 def central() -> list[Setting]:
     """Sizes of the bank, plain, corrected by the mean, and fresh."""
     found = []
     for seed in (1, 2, 3, 4, 5):
         # What takes longest first: a GPU's processes share it, and nothing else waits for these.
-        found += [x for data in reversed(DATA) for x in _banks(seed, data, "oracle", (4096, 1024))]
+        found += [x for data in reversed(DATA) for x in banks(seed, data, "oracle", (4096, 1024))]
         for data in DATA:
-            found += _methods(seed, data)
-            found += _banks(seed, data, "none", (128, 1024))
-            found += _banks(seed, data, "mean", (128, 512, 1024, 4096, 16384))
-            found += _banks(seed, data, "transport", (1024, 4096, 16384))
+            found += baselines(seed, data)
+            found += banks(seed, data, "none", (128, 1024))
+            found += banks(seed, data, "mean", (128, 512, 1024, 4096, 16384))
+            found += banks(seed, data, "transport", (1024, 4096, 16384))
     return found
 
 
@@ -100,7 +83,7 @@ def ideas() -> list[Setting]:
     """Every correction, with some values of its options."""
     found = []
     for seed in (1, 2):
-        found += [x for data in DATA for x in _methods(seed, data)]
+        found += [x for data in DATA for x in baselines(seed, data)]
         found += [
             Setting(data, seed, bank=bank, correction=correction, options=options)
             for bank in (4096, 1024)
@@ -115,8 +98,8 @@ def guards() -> list[Setting]:
     found = []
     for seed in (1, 2):
         for data in DATA:
-            found += _methods(seed, data) + _banks(seed, data, "none", (128,))
-            found += _banks(seed, data, "mean", (512, 1024, 4096))
+            found += baselines(seed, data) + banks(seed, data, "none", (128,))
+            found += banks(seed, data, "mean", (512, 1024, 4096))
             found += [
                 Setting(data, seed, bank=4096, correction=correction, options=options)
                 for correction, options in GUARDS
@@ -141,8 +124,8 @@ def safe() -> list[Setting]:
                     Setting(data, seed, bank=4096, correction="follow", options=options)
                     for options in FOLLOW
                 ]
-                few += _methods(seed, data) + _banks(seed, data, "none", (128,))
-                few += _banks(seed, data, "transport", (4096,))
+                few += baselines(seed, data) + banks(seed, data, "none", (128,))
+                few += banks(seed, data, "transport", (4096,))
                 found += [replace(setting, **change) for setting in few]
     return found
 
@@ -153,10 +136,10 @@ def _varied(*changes: dict[str, Any], seeds: Sequence[int] = (1, 2)) -> list[Set
     for seed in seeds:
         for change in changes:
             for data in DATA:
-                few = _methods(seed, data) + _banks(seed, data, "none", (128,))
-                few += _banks(seed, data, "mean", (1024, 4096))
-                few += _banks(seed, data, "transport", (1024, 4096))
-                few += _banks(seed, data, "guard", (4096,))
+                few = baselines(seed, data) + banks(seed, data, "none", (128,))
+                few += banks(seed, data, "mean", (1024, 4096))
+                few += banks(seed, data, "transport", (1024, 4096))
+                few += banks(seed, data, "guard", (4096,))
                 found += [replace(setting, **change) for setting in few]
     return found
 
@@ -196,6 +179,8 @@ TABLES: dict[str, Callable[[], list[Setting]]] = {
     "ideas": ideas,
     "guards": guards,
     "safe": safe,
+    "default": default,
+    "library": library,
     "rates": rates,
     "epochs": epochs,
     "start": start,

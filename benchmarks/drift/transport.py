@@ -207,23 +207,45 @@ class TransportBatch(Transport):
 class TransportMean(Mean):
     """Follows the running mean as `Mean` does, and turns what a vector has beyond it by probes.
 
-    The mean is that of training's own vectors, right by definition whatever the probes do; the
+    The mean is that of training's own vectors, which no error of the probes can lead astray; the
     probes of `Transport` say how differences from it change, linearly.
+
+    Args:
+        context: of the run.
+        probes: R, of queries and of passages.
+        ridge: see `Displacement`.
+        decay: of the running means, per micro-batch.
+        predict: move the running means, too, as the probes' map says, before the next micro-batches
+            correct them: then they do not lag, and what the probes get wrong decays.
+        moved: score banked vectors among themselves as they are after all moves, at the update's
+            beginning; otherwise as they were enqueued.
     """
 
     def __init__(
-        self, context: Context, probes: int = 64, ridge: float = 0.1, decay: float = 0.9
+        self,
+        context: Context,
+        probes: int = 64,
+        ridge: float = 0.1,
+        decay: float = 0.9,
+        predict: bool = False,
+        moved: bool = False,
     ) -> None:
         super().__init__(context, decay)
-        self.probe = Transport(context, probes, ridge)
+        self.moved_among_themselves = moved
+        self.probe, self.predict = Transport(context, probes, ridge), predict
 
     def before_step(self, update: int) -> None:
         self.probe.before_step(update)
 
     def after_step(self, update: int) -> None:
+        self.turn(update, self.probe.fields(update))
+
+    def turn(self, update: int, fields: list[Displacement]) -> None:
+        """Apply what the step has done to queries and to passages."""
+        assert self.means is not None
         bank = self.history.bank(update + 1)
         slots = slice(bank.start, bank.stop)
-        for kind, field in zip(
-            (slice(0, 1), slice(1, None)), self.probe.fields(update), strict=True
-        ):
+        for kind, field in zip((slice(0, 1), slice(1, None)), fields, strict=True):
             self.centred[slots, kind] = field.linear(self.centred[slots, kind])
+            if self.predict:
+                self.means[-1, kind] = field(self.means[-1, kind])

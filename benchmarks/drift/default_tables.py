@@ -1,0 +1,107 @@
+"""The tables that the defaults were chosen by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.drift.families import DATA, TRANSPORT, banks, baselines
+from benchmarks.drift.settings import Setting
+
+# What a trainer can do by default: probes alone, about running means, and these within a window.
+SAFE: dict[str, Any] = {**TRANSPORT, "limit": 0.3}
+PREDICTED: dict[str, Any] = {**TRANSPORT, "predict": True}
+FOLLOW_MEAN: dict[str, Any] = {**SAFE, "predict": True}
+LIBRARY: dict[str, Any] = {**FOLLOW_MEAN, "moved": True}
+DROPOUT: dict[str, Any] = {"dropout": True}
+
+
+def _default(seed: int, data: str, sizes: Sequence[int] = (4096,)) -> list[Setting]:
+    """The candidates for a default, and what they must not lose to."""
+    return [
+        *baselines(seed, data),
+        *banks(seed, data, "none", (128,)),
+        *(
+            Setting(data, seed, bank=bank, correction=name, options=options)
+            for bank in sizes
+            for name, options in (("follow-mean", FOLLOW_MEAN), ("follow", SAFE))
+        ),
+    ]
+
+
+def default() -> list[Setting]:
+    """The candidates for a default in every setting."""
+    dot: dict[str, Any] = {"similarity": "dot", "scale": 1.0}
+    found: list[Setting] = []
+
+    def add(few: Sequence[Setting], **change: Any) -> None:
+        found.extend(replace(setting, **change) for setting in few)
+
+    for seed in (1, 2, 3, 4, 5):
+        for data in DATA:  # what takes longest first
+            if seed <= 3:
+                add(_default(seed, data), epochs=10)
+                add(_default(seed, data), layers=6)
+                add(_default(seed, data, (16384, 1024, 128)))
+            if seed <= 2:
+                add(banks(seed, data, "oracle", (4096,)), learning_rate=2e-5)
+                add([Setting(data, seed, bank=4096, correction="oracle", options=DROPOUT)])
+        for data in DATA:
+            if seed <= 3:
+                for change in (dot, {"start": "random"}, {"learning_rate": 5e-4}):
+                    add(_default(seed, data), **change)
+                    add(banks(seed, data, "mean", (1024,)), **change)
+                    add(
+                        [
+                            Setting(data, seed, bank=4096, correction="transport-mean", options=o)
+                            for o in (PREDICTED, TRANSPORT)
+                        ],
+                        **change,
+                    )
+                add(_default(seed, data), learning_rate=2e-5)
+                add(_default(seed, data), towers="shared")
+                add(_default(seed, data), row_weighting="all")
+                add(_default(seed, data), epochs=1)
+            add(_default(seed, data))
+            add(banks(seed, data, "mean", (1024,)))
+    return found
+
+
+def library() -> list[Setting]:
+    """What the library does, which moves the vectors that the table is made of, beside keeping."""
+    dot: dict[str, Any] = {"similarity": "dot", "scale": 1.0}
+    found: list[Setting] = []
+    for seed in (1, 2, 3):
+        for data in DATA:
+            here = Setting(data, seed, bank=4096, correction="follow-mean", options=LIBRARY)
+            if seed == 1:
+                found += [
+                    replace(x, epochs=10)
+                    for x in (replace(here, bank=1024), *banks(seed, data, "mean", (1024,)))
+                ]
+            if seed < 3:
+                slow = [
+                    here,
+                    replace(here, bank=1024),
+                    *banks(seed, data, "none", (1024,)),
+                    *banks(seed, data, "mean", (1024,)),
+                    Setting(data, seed, bank=4096, correction="oracle", options=DROPOUT),
+                ]
+                found += [replace(x, learning_rate=2e-5) for x in slow]
+            for change in ({}, dot, {"start": "random"}, {"learning_rate": 5e-4}):
+                found.append(replace(here, **change))
+            if seed < 3:
+                found += _few_batches(seed, data)
+    return found
+
+
+def _few_batches(seed: int, data: str) -> list[Setting]:
+    """Updates of 32 queries in 4 micro-batches, where running means lag sooner."""
+    options = [("follow-mean", LIBRARY | {"decay": decay}) for decay in (0.9, 0.7, 0.5)]
+    options += [("follow", SAFE), ("mean", {"decay": 0.9}), ("mean", {"decay": 0.7})]
+    corrected = [
+        Setting(data, seed, bank=1024, correction=name, options=chosen) for name, chosen in options
+    ]
+    few = [*baselines(seed, data), *banks(seed, data, "none", (32,)), *corrected]
+    return [replace(x, accumulation=4, epochs=1) for x in few]
