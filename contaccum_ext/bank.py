@@ -147,11 +147,7 @@ class DualMemoryBank(nn.Module):
         return self._offsets()[:, 1:]
 
     def _offsets(self) -> Tensor:
-        slots, head, width = self.slots(), int(self.cursor[0]), self.layout.offset_block
-        block = slots // width
-        # What head has yet to overwrite in its offset block is a lap older than the rest of it.
-        older = (slots >= head) & (block == head // width) & (head % width != 0)
-        row = torch.where(older, self.means.shape[0] - 1, 1 + block)
+        row = self.layout.mean_rows(self.capacity, self.slots(), self.cursor[0])
         return self.means[0] - self.means[row]
 
     @torch.no_grad()

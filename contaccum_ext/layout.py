@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 ROW_STATES = 6  # rows of the row_state buffer: enum RowState in csrc/params.h
 
@@ -65,6 +66,17 @@ class BankLayout:
     def offset_blocks(self, capacity: int) -> int:
         """Stored means, not counting the spare one of the block being overwritten."""
         return -(-capacity // self.offset_block)
+
+    def mean_rows(self, capacity: int, slots: Tensor, head: Tensor) -> Tensor:
+        """Rows of the means buffer that hold the stored means of slots; the next write is `head`.
+
+        What head has yet to overwrite in its offset block is a lap older than the rest of it: its
+        mean is in the last row.
+        """
+        block = slots // self.offset_block
+        older = (slots >= head) & (block == head // self.offset_block)
+        older &= head % self.offset_block != 0
+        return torch.where(older, 1 + self.offset_blocks(capacity), 1 + block)
 
     def window_blocks(self, capacity: int, window: int | None) -> int:
         """Whole blocks in use besides the one being filled; -1 for all slots."""

@@ -121,14 +121,14 @@ class DualMemoryBank:
             self.block_means[lap, block] = (count, self.mean - offset.to(self.mean.dtype))
 
     def transport(self, old: Tensor, new: Tensor, kind: str, ridge: float, normalize: bool) -> None:
-        """Move banked vectors as probes have moved.
+        """Move banked vectors as probes have moved; with drift="mean" about their running means.
 
         Args:
             old: (R, d) floating, probes before a step.
             new: (R, d) the same probes after it.
             kind: "queries" or "passages": what they are, and what is moved.
             ridge: in units of the mean eigenvalue of the probes' Gram matrix.
-            normalize: bring moved vectors to length 1.
+            normalize: bring moved vectors to length 1 (with drift="none").
         """
         old, new = old.double(), new.double()
         spread, moved = old - old.mean(0), new - old
@@ -136,17 +136,26 @@ class DualMemoryBank:
         strength = ridge * gram.trace() / len(old) * torch.eye(len(old), dtype=gram.dtype)
         slope = spread.T @ torch.linalg.solve(gram + strength, moved - moved.mean(0))
 
-        def move(v: Tensor) -> Tensor:
-            there = v.double() + moved.mean(0) + (v.double() - old.mean(0)) @ slope
-            if normalize:
-                there = there / there.norm(dim=-1, keepdim=True)
-            return there.to(v.dtype)
+        def image(v: Tensor) -> Tensor:
+            return v.double() + moved.mean(0) + (v.double() - old.mean(0)) @ slope
 
+        part = slice(0, 1) if kind == "queries" else slice(1, None)
+        mean = image(self.mean[part])  # where the running mean is now
         for slot in self.slots:
-            if kind == "queries":
-                slot.query = move(slot.query)
+            v = slot.query[None] if kind == "queries" else slot.passages
+            if self.drift == "mean":
+                beyond = v.double() - self.block_means[slot.generation][1][part].double()
+                there = mean + beyond + beyond @ slope
             else:
-                slot.passages = move(slot.passages)
+                there = image(v)
+                there = there / there.norm(dim=-1, keepdim=True) if normalize else there
+            if kind == "queries":
+                slot.query = there[0].to(self.dtype)
+            else:
+                slot.passages = there.to(self.dtype)
+        if self.drift == "mean" and self.slots:
+            for stored in (self.mean, *(stored for _, stored in self.block_means.values())):
+                stored[part] = mean.to(stored.dtype)
 
     def effective_window(self) -> int:
         """Newest slots in use: the started block plus ceil(window / block) whole ones."""

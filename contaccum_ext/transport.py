@@ -3,10 +3,13 @@
 Probes are texts that are encoded again after every step. A ridge regression of their displacement
 says where the step has taken the other vectors of the same encoder, those in the bank among them.
 It needs no texts of the bank and no pass over it but one product with a (d, d) matrix an update.
+What it gets wrong of the mean, which a model could flee along, is put right by the running means of
+``drift="mean"``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 from contaccum_ext import validation
 from contaccum_ext.bank import DualMemoryBank
 
-_CHUNK = 1 << 16  # vectors moved at once: bounds the memory beside the bank
+_CHUNK = 1 << 16  # slots moved at once: bounds the memory beside the bank
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ class Displacement:
         centre, shift, slope = (t.to(x) for t in (self.centre, self.shift, self.slope))
         return x + shift + (x - centre) @ slope
 
+    def turn(self, differences: Tensor) -> Tensor:
+        """(..., d): what becomes of differences between vectors, in their dtype."""
+        return differences + differences @ self.slope.to(differences)
+
 
 @torch.no_grad()
 def transport(
@@ -80,19 +87,24 @@ def transport(
 ) -> Tensor:
     """Move all banked vectors as an optimizer step has moved the probes.
 
-    Equivalent to fitting a `Displacement` to each side's probes and replacing each banked
-    query and passage by its image. The table is rebuilt when the bank is next used, in O(F^2):
-    once an update, not once a micro-batch.
+    A `Displacement` is fitted to each side's probes. With ``drift="mean"``, which is the safer one,
+    it turns what a vector has beyond its stored mean, and takes the running mean along, from where
+    the next batches correct it: equivalent to ``v - mean_then`` becoming ``(I + slope)(v -
+    mean_then)`` and ``mean_now`` its image. With ``drift="none"`` each vector is replaced by its
+    image; errors of the fit then add up unchecked, and with dot products models have fled along
+    them (docs/drift.md). The table is rebuilt when the bank is next used, in O(F^2): once an
+    update, not once a micro-batch.
 
     Args:
-        bank: with drift="none": transport takes the place of the other corrections.
+        bank: with either drift.
         old_queries: (R, d) floating, R >= 1 probes encoded before the step. Without dropout: what
             it changes is no displacement.
         new_queries: (R, d) the same, encoded after the step.
         old_passages: (R', d) or (R', m, d) floating, likewise before it.
         new_passages: (R', d) or (R', m, d) likewise after it.
         ridge: in units of the mean eigenvalue of the probes' Gram matrix; larger trusts them less.
-        normalize: bring moved vectors to length 1, for encoders that do so.
+        normalize: bring moved vectors to length 1, for encoders that do so; only with
+            ``drift="none"``.
 
     Returns:
         () the larger of the two ``Displacement.error``: how far moved vectors may be off, in
@@ -103,25 +115,54 @@ def transport(
             unchanged then.
     """
     validation.instance("bank", bank, DualMemoryBank)
-    if bank.drift != "none":
-        raise ValueError(f"bank: expected drift='none' to be transported, got {bank.drift!r}")
     ridge = validation.positive("ridge", ridge)
     pairs = [
         _pair(bank, "queries", old_queries, new_queries),
         _pair(bank, "passages", old_passages, new_passages),
     ]
     fields = [Displacement.fit(old, new, ridge) for old, new in pairs]
-    filled = torch.arange(bank.capacity, device=bank.cursor.device) < bank.cursor[1]
-    for field, vectors in zip(fields, (bank.bank_queries, bank.bank_passages), strict=True):
-        for begin in range(0, bank.capacity, _CHUNK):
-            part = slice(begin, begin + _CHUNK)
+    if bank.drift == "mean":
+        _turn(bank, fields)
+    else:
+        _move(bank, fields, normalize)
+    bank.vectors_changed()
+    return torch.stack([field.error for field in fields]).max()
+
+
+def _chunks(bank: DualMemoryBank) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the ring, and (slots,) which of their slots are filled."""
+    for begin in range(0, bank.capacity, _CHUNK):
+        part = slice(begin, min(begin + _CHUNK, bank.capacity))
+        slots = torch.arange(part.start, part.stop, device=bank.cursor.device)
+        yield part, slots < bank.cursor[1]
+
+
+def _move(bank: DualMemoryBank, fields: list[Displacement], normalize: bool) -> None:
+    """Replace every vector by its image."""
+    for part, filled in _chunks(bank):
+        for field, vectors in zip(fields, (bank.bank_queries, bank.bank_passages), strict=True):
             moved = field(vectors[part])
             if normalize:
                 moved = nn.functional.normalize(moved, dim=-1)
-            there = filled[part].view(-1, *[1] * (vectors.dim() - 1))
-            vectors[part] = torch.where(there, moved.to(vectors.dtype), vectors[part])
-    bank.vectors_changed()
-    return torch.stack([field.error for field in fields]).max()
+            _store(vectors[part], moved, filled)
+
+
+def _turn(bank: DualMemoryBank, fields: list[Displacement]) -> None:
+    """Turn every vector about its stored mean, and bring it and the mean to where that is now."""
+    of_queries, of_passages = fields
+    now = torch.cat([of_queries(bank.means[0, :1]), of_passages(bank.means[0, 1:])])
+    for part, filled in _chunks(bank):
+        slots = torch.arange(part.start, part.stop, device=bank.cursor.device)
+        then = bank.means[bank.layout.mean_rows(bank.capacity, slots, bank.cursor[0])]
+        queries, passages = bank.bank_queries[part], bank.bank_passages[part]
+        _store(queries, of_queries.turn(queries - then[:, 0]) + now[0], filled)
+        _store(passages, of_passages.turn(passages - then[:, 1:]) + now[1:], filled)
+    bank.means.copy_(torch.where(bank.cursor[1] > 0, now, bank.means))
+
+
+def _store(vectors: Tensor, moved: Tensor, filled: Tensor) -> None:
+    there = filled.view(-1, *[1] * (vectors.dim() - 1))
+    vectors.copy_(torch.where(there, moved.to(vectors.dtype), vectors))
 
 
 def _pair(bank: DualMemoryBank, name: str, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,9 +202,9 @@ class BankTransport:
     widens with newer slots once the model moves more slowly.
 
     Args:
-        bank: with drift="none".
+        bank: with ``drift="mean"``, or "none"; see `transport`.
         ridge: larger trusts the probes less; see `transport`.
-        normalize: bring moved vectors to length 1, for encoders that do so.
+        normalize: with ``drift="none"``, bring moved vectors to length 1, for encoders that do so.
         limit: staleness in use, in spreads of fresh vectors; None sets no window.
 
     Raises:

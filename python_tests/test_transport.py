@@ -12,6 +12,8 @@ from contaccum_ext.transport import Displacement
 
 D, M, CAPACITY = 8, 2, 21
 F64 = torch.float64
+LAYOUT = ca.BankLayout(1, 4, 8)  # several means, and head within the slots of one
+DRIFTS = pytest.mark.parametrize("drift", ["none", "mean"])
 
 
 def vectors(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> torch.Tensor:
@@ -19,8 +21,10 @@ def vectors(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> torch.Tenso
     return normalize(torch.randn(*shape, D, generator=generator, dtype=F64), dim=-1).to(dtype)
 
 
-def filled_bank(device: str, dtype: torch.dtype = F64, slots: int = 30) -> ca.DualMemoryBank:
-    bank = ca.DualMemoryBank(CAPACITY, D, M, dtype, device)
+def filled_bank(
+    device: str, dtype: torch.dtype = F64, slots: int = 30, drift: str = "none"
+) -> ca.DualMemoryBank:
+    bank = ca.DualMemoryBank(CAPACITY, D, M, dtype, device, drift, layout=LAYOUT)
     for begin in range(0, slots, 5):
         batch = vectors(5, seed=begin), vectors(5, M, seed=begin + 1)
         ca.contaccum_loss(*(x.to(device, dtype) for x in batch), bank, 0.2)
@@ -82,18 +86,24 @@ def test_probes_that_stay_leave_the_bank_as_it_is(device):
 
 
 @pytest.mark.parametrize("slots", [10, 30], ids=["partly filled", "wrapped"])
-@pytest.mark.parametrize("unit", [True, False], ids=["normalized", "as they are"])
-def test_loss_and_gradients_after_transport_are_the_oracle_s(device, slots, unit):
-    bank, oracle = filled_bank(device, slots=slots), reference.DualMemoryBank(CAPACITY, D, M, F64)
+@pytest.mark.parametrize(
+    ("drift", "unit"),
+    [("none", True), ("none", False), ("mean", False)],
+    ids=["normalized", "as they are", "about means"],
+)
+def test_loss_and_gradients_after_transport_are_the_oracle_s(device, slots, drift, unit):
+    bank = filled_bank(device, slots=slots, drift=drift)
+    oracle = reference.DualMemoryBank(CAPACITY, D, M, F64, drift, layout=LAYOUT)
     for begin in range(0, slots, 5):
         oracle.enqueue(vectors(5, seed=begin), vectors(5, M, seed=begin + 1))
     moves = probes(6)
-    ca.transport(bank, *(x.to(device) for x in moves), ridge=0.3, normalize=unit)
-    oracle.transport(moves[0], moves[1], "queries", 0.3, unit)
-    oracle.transport(moves[2], moves[3], "passages", 0.3, unit)
-    torch.testing.assert_close(bank.queries().cpu(), oracle.queries())
-    torch.testing.assert_close(bank.passages().cpu(), oracle.passages())
-    for step in range(3):  # the table is rebuilt once and then kept
+    for step in range(4):  # the table is rebuilt at the first and the third, and else kept
+        if step % 2 == 0:
+            ca.transport(bank, *(x.to(device) for x in moves), ridge=0.3, normalize=unit)
+            oracle.transport(moves[0], moves[1], "queries", 0.3, unit)
+            oracle.transport(moves[2], moves[3], "passages", 0.3, unit)
+            torch.testing.assert_close(bank.queries().cpu(), oracle.queries())
+            torch.testing.assert_close(bank.passages().cpu(), oracle.passages())
         results = []
         for memory, place in ((bank, device), (oracle, "cpu")):
             q = vectors(5, seed=50 + step).to(place).requires_grad_()
@@ -105,11 +115,13 @@ def test_loss_and_gradients_after_transport_are_the_oracle_s(device, slots, unit
     assert (bank.bank_queries[len(bank) :] == 0).all()  # what is not filled is not moved
 
 
+@DRIFTS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_narrow_banks_are_moved_in_single_precision_and_rounded_once(device, dtype):
-    bank, wide = filled_bank(device, dtype), filled_bank(device, torch.float32)
+def test_narrow_banks_are_moved_in_single_precision_and_rounded_once(device, dtype, drift):
+    bank, wide = (filled_bank(device, kind, drift=drift) for kind in (dtype, torch.float32))
     wide.bank_queries.copy_(bank.bank_queries)
     wide.bank_passages.copy_(bank.bank_passages)
+    wide.means.copy_(bank.means)
     moves = probes(6, device)
     for one in (bank, wide):
         ca.transport(one, *moves)
@@ -117,8 +129,36 @@ def test_narrow_banks_are_moved_in_single_precision_and_rounded_once(device, dty
     torch.testing.assert_close(bank.passages(), wide.passages().to(dtype), rtol=0, atol=1e-6)
 
 
-def test_following_needs_a_first_look_and_then_moves_step_by_step(device):
-    bank, stepwise = filled_bank(device), filled_bank(device)
+def test_about_means_vectors_count_where_an_exact_map_has_taken_them():
+    """Nothing lags after a step, and what probes got wrong of the mean decays with batches."""
+    bank, slope = filled_bank("cpu", drift="mean"), torch.eye(D, dtype=F64) + 0.1 * vectors(D)
+    old, others = vectors(3 * D, seed=7), vectors(3 * D, seed=8)
+    counted = [
+        bank.queries() + bank.query_offsets(),
+        bank.passages() + bank.passage_offsets(),
+    ]
+    ca.transport(bank, old, old @ slope + 0.5, others, others @ slope - 0.25, ridge=1e-12)
+    expected = [counted[0] @ slope + 0.5, counted[1] @ slope - 0.25]
+    now = [bank.queries() + bank.query_offsets(), bank.passages() + bank.passage_offsets()]
+    torch.testing.assert_close(now, expected, rtol=0, atol=1e-8)
+    assert (bank.query_offsets() == 0).all()  # they are stored as they count
+    wrong = bank.means[0, 0].clone()
+    steps = 40
+    for step in range(steps):  # batches whose mean is elsewhere
+        ca.contaccum_loss(vectors(5, seed=step) * 0 + 0.5, vectors(5, M, seed=step), bank, 0.2)
+    away = bank.means[0, 0] - 0.5
+    torch.testing.assert_close(away, bank.drift_decay**steps * (wrong - 0.5))
+
+
+def test_an_empty_bank_has_no_mean_to_move():
+    bank = ca.DualMemoryBank(CAPACITY, D, M, F64, drift="mean")
+    ca.transport(bank, *probes(6))
+    assert (bank.means == 0).all() and len(bank) == 0
+
+
+@DRIFTS
+def test_following_needs_a_first_look_and_then_moves_step_by_step(device, drift):
+    bank, stepwise = filled_bank(device, drift=drift), filled_bank(device, drift=drift)
     first, second, third, _ = probes(6, device)
     follow = ca.BankTransport(bank, ridge=0.2, normalize=False)
     assert follow.state_dict() == {}
@@ -166,7 +206,6 @@ def test_without_a_limit_the_window_is_left_alone():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: a.update(bank=ca.DualMemoryBank(4, D, drift="mean")), "bank: .*'mean'"),
         (lambda a: a.update(old_queries=torch.zeros(3, D + 1)), r"old_queries: .*\(3, 9\)"),
         (lambda a: a.update(new_queries=torch.zeros(2, D)), r"new_queries: .*\(3, 8\).*\(2, 8\)"),
         (lambda a: a.update(new_passages=torch.full((3, D), torch.nan)), "new_passages: .*finite"),

@@ -48,7 +48,7 @@ class Scoring:
                 dim,
                 passages_per_query=1 + config.hard_negatives * config.bank_hard_negatives,
                 device=device,
-                drift="none" if config.drift == "transport" else config.drift,
+                drift="mean" if config.drift == "transport" else config.drift,
                 drift_decay=mean_decay(batches),
             )
         self.transport: BankTransport | None = None
