@@ -10,7 +10,7 @@ AUTO_BANK_UPDATES = 8
 WIDEST_CORRECTED_BANK_UPDATES = 16
 WIDEST_PLAIN_BANK_UPDATES = 2
 # No limit has been found; docs/drift.md says how wide the banks were that have been measured.
-WIDEST_TRANSPORTED_BANK_UPDATES = 64
+WIDEST_TRANSPORTED_BANK_UPDATES = 128
 
 
 def auto_bank_size(update_size: int, training_queries: int | None = None) -> int:
@@ -35,6 +35,29 @@ def mean_decay(micro_batches: int) -> float:
     """
     lag = 9 / 16 * micro_batches
     return lag / (1 + lag)
+
+
+def predicted_mean_decay(micro_batches: int) -> float:
+    """The same where transport moves the running means too, so that they do not lag.
+
+    They may then be averages over more: what is averaged is how far the probes were off. Nine
+    micro-batches, but at most 9/4 updates, were as good as less or better (docs/drift.md).
+
+    Args:
+        micro_batches: scored against the bank in an optimizer update, K.
+    """
+    average = max(9 / 16 * micro_batches, min(9.0, 9 / 4 * micro_batches))
+    return average / (1 + average)
+
+
+def auto_drift(capacity: int, update_size: int) -> str:
+    """The correction that suits a bank: "mean" for some updates' worth of slots, else "transport".
+
+    Args:
+        capacity: slots of the bank.
+        update_size: examples per optimizer update, n * K.
+    """
+    return "mean" if capacity <= AUTO_BANK_UPDATES * update_size else "transport"
 
 
 def width_warnings(capacity: int, update_size: int, drift: str) -> list[str]:
@@ -63,8 +86,8 @@ def width_warnings(capacity: int, update_size: int, drift: str) -> list[str]:
     if updates > WIDEST_CORRECTED_BANK_UPDATES:
         return [
             f"{age}: drift=mean corrects the shift of the mean only, and over so many updates the "
-            f"rest of the drift costs retrieval quality; set bank_size to at most "
-            f"{WIDEST_CORRECTED_BANK_UPDATES * update_size} "
+            f"rest of the drift costs retrieval quality; set drift=transport, or bank_size to at "
+            f"most {WIDEST_CORRECTED_BANK_UPDATES * update_size} "
             f"(auto uses {AUTO_BANK_UPDATES * update_size}), or lower learning_rate"
         ]
     return []

@@ -128,7 +128,8 @@ class DualMemoryBank:
             new: (R, d) the same probes after it.
             kind: "queries" or "passages": what they are, and what is moved.
             ridge: in units of the mean eigenvalue of the probes' Gram matrix.
-            normalize: bring moved vectors to length 1 (with drift="none").
+            normalize: bring moved vectors to length 1; with drift="mean" to where their running
+                mean is now, and otherwise leave them about the means they were enqueued at.
         """
         old, new = old.double(), new.double()
         spread, moved = old - old.mean(0), new - old
@@ -144,8 +145,9 @@ class DualMemoryBank:
         for slot in self.slots:
             v = slot.query[None] if kind == "queries" else slot.passages
             if self.drift == "mean":
-                beyond = v.double() - self.block_means[slot.generation][1][part].double()
-                there = mean + beyond + beyond @ slope
+                then = self.block_means[slot.generation][1][part].double()
+                there = (mean if normalize else then) + (v.double() - then)
+                there = there + (v.double() - then) @ slope
             else:
                 there = image(v)
                 there = there / there.norm(dim=-1, keepdim=True) if normalize else there
@@ -154,8 +156,9 @@ class DualMemoryBank:
             else:
                 slot.passages = there.to(self.dtype)
         if self.drift == "mean" and self.slots:
-            for stored in (self.mean, *(stored for _, stored in self.block_means.values())):
-                stored[part] = mean.to(stored.dtype)
+            stored = [mean for _, mean in self.block_means.values()] if normalize else []
+            for means in (self.mean, *stored):
+                means[part] = mean.to(means.dtype)
 
     def effective_window(self) -> int:
         """Newest slots in use: the started block plus ceil(window / block) whole ones."""

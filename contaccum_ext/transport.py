@@ -89,11 +89,13 @@ def transport(
 
     A `Displacement` is fitted to each side's probes. With ``drift="mean"``, which is the safer one,
     it turns what a vector has beyond its stored mean, and takes the running mean along, from where
-    the next batches correct it: equivalent to ``v - mean_then`` becoming ``(I + slope)(v -
-    mean_then)`` and ``mean_now`` its image. With ``drift="none"`` each vector is replaced by its
-    image; errors of the fit then add up unchecked, and with dot products models have fled along
-    them (docs/drift.md). The table is rebuilt when the bank is next used, in O(F^2): once an
-    update, not once a micro-batch.
+    the next batches correct it: a vector that counted as ``v - mean_then + mean_now`` counts as
+    ``(I + slope)(v - mean_then)`` and the image of ``mean_now``. With ``drift="none"`` each vector
+    is replaced by its image; errors of the fit then add up unchecked, and with dot products models
+    have fled along them (docs/drift.md).
+
+    The table is rebuilt when the bank is next used, in O(F^2): once an update, not once a
+    micro-batch.
 
     Args:
         bank: with either drift.
@@ -103,8 +105,10 @@ def transport(
         old_passages: (R', d) or (R', m, d) floating, likewise before it.
         new_passages: (R', d) or (R', m, d) likewise after it.
         ridge: in units of the mean eigenvalue of the probes' Gram matrix; larger trusts them less.
-        normalize: bring moved vectors to length 1, for encoders that do so; only with
-            ``drift="none"``.
+        normalize: for encoders that bring their vectors to length 1. With ``drift="none"`` moved
+            ones are brought there too; with "mean" banked vectors meet each other as they meet
+            local ones. Without, and with "mean", they meet each other about the means that they
+            were enqueued at, which was better with dot products (docs/drift.md).
 
     Returns:
         () the larger of the two ``Displacement.error``: how far moved vectors may be off, in
@@ -122,7 +126,7 @@ def transport(
     ]
     fields = [Displacement.fit(old, new, ridge) for old, new in pairs]
     if bank.drift == "mean":
-        _turn(bank, fields)
+        _turn(bank, fields, normalize)
     else:
         _move(bank, fields, normalize)
     bank.vectors_changed()
@@ -147,17 +151,19 @@ def _move(bank: DualMemoryBank, fields: list[Displacement], normalize: bool) -> 
             _store(vectors[part], moved, filled)
 
 
-def _turn(bank: DualMemoryBank, fields: list[Displacement]) -> None:
-    """Turn every vector about its stored mean, and bring it and the mean to where that is now."""
+def _turn(bank: DualMemoryBank, fields: list[Displacement], to_now: bool) -> None:
+    """Turn vectors about their stored means; bring them to where the mean is now, or not."""
     of_queries, of_passages = fields
     now = torch.cat([of_queries(bank.means[0, :1]), of_passages(bank.means[0, 1:])])
     for part, filled in _chunks(bank):
         slots = torch.arange(part.start, part.stop, device=bank.cursor.device)
         then = bank.means[bank.layout.mean_rows(bank.capacity, slots, bank.cursor[0])]
+        about = now.expand_as(then) if to_now else then
         queries, passages = bank.bank_queries[part], bank.bank_passages[part]
-        _store(queries, of_queries.turn(queries - then[:, 0]) + now[0], filled)
-        _store(passages, of_passages.turn(passages - then[:, 1:]) + now[1:], filled)
-    bank.means.copy_(torch.where(bank.cursor[1] > 0, now, bank.means))
+        _store(queries, of_queries.turn(queries - then[:, 0]) + about[:, 0], filled)
+        _store(passages, of_passages.turn(passages - then[:, 1:]) + about[:, 1:], filled)
+    means = bank.means if to_now else bank.means[:1]
+    means.copy_(torch.where(bank.cursor[1] > 0, now, means))
 
 
 def _store(vectors: Tensor, moved: Tensor, filled: Tensor) -> None:
@@ -204,7 +210,7 @@ class BankTransport:
     Args:
         bank: with ``drift="mean"``, or "none"; see `transport`.
         ridge: larger trusts the probes less; see `transport`.
-        normalize: with ``drift="none"``, bring moved vectors to length 1, for encoders that do so.
+        normalize: for encoders that bring their vectors to length 1; see `transport`.
         limit: staleness in use, in spreads of fresh vectors; None sets no window.
 
     Raises:

@@ -191,7 +191,7 @@ def test_train_reads_settings_by_precedence_and_goes_on_where_it_stopped(
 def test_mined_negatives_and_a_wide_bank_warning(data, encoder, tmp_path, capsys):
     arguments = ["train", "--data", data, "--encoder", encoder, "--output", str(tmp_path / "run")]
     arguments += [*SHORT, "--updates", "1", "--mine-negatives", "2"]
-    arguments += ["--set", "hard_negatives=2", "--set", "bank_size=3000"]
+    arguments += ["--set", "hard_negatives=2", "--set", "bank_size=3000", "--set", "drift=mean"]
     assert main(arguments) == 0
     warned = capsys.readouterr().err
     assert "contaccum: warning: bank_size 3000 keeps vectors up to 23 updates old" in warned

@@ -151,6 +151,29 @@ def test_transport_about_the_mean_turns_differences_and_follows_the_mean():
     )
 
 
+@pytest.mark.parametrize("option", ["moved", "turned"])
+def test_scores_among_banked_vectors_are_of_what_a_library_would_store(option):
+    """Moved: turned about where the mean is now; turned: about the mean of the slot's own time."""
+    world = World(rotation)
+    options = {"probes": 30, "ridge": 1e-12, "predict": True, option: True}
+    correction = make("transport-mean", world.context, options)
+    view = world.run(correction)
+    slots = world.history.view(UPDATES - 1)
+    if option == "moved":
+        means = correction.means[0].expand(slots.stop - slots.start, -1, -1)
+    else:
+        means = []
+        for now in range(UPDATES):  # a run of so many updates ends with the means of the last
+            again = World(rotation)
+            kept = make("transport-mean", again.context, options | {option: False})
+            again.run(kept, now + 1)
+            means.append(kept.means[1:].repeat_interleave(2, 0))
+        means = torch.cat(means)[slots]
+    expected = correction.centred[slots] + means
+    torch.testing.assert_close(view.frozen_queries, expected[:, 0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(view.frozen_passages, expected[:, 1:], rtol=0, atol=1e-10)
+
+
 def test_predicted_means_do_not_lag():
     """Means that batches hardly correct are where an exact map takes them."""
 

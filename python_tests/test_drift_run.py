@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from benchmarks.drift import methods
 from benchmarks.drift.data import draw, load
-from benchmarks.drift.default_tables import LIBRARY
+from benchmarks.drift.default_tables import LIBRARY, TURNED
 from benchmarks.drift.encoder import _attend, _attend_packed, build
 from benchmarks.drift.loss import update_loss
 from benchmarks.drift.prepare import prepare
@@ -29,6 +29,7 @@ TRIED = (
     *GUARDS,
     *(("follow", options) for options in FOLLOW[:2]),
     ("follow-mean", LIBRARY),
+    ("follow-mean", TURNED),
 )
 TINY = {"layers": 1, "n": 4, "accumulation": 2, "learning_rate": 1e-3, "bf16": False, "epochs": 4}
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from contaccum_ext.bank_size import mean_decay
+from contaccum_ext.bank_size import mean_decay, predicted_mean_decay
 from contaccum_ext.training import METHODS, ConfigError, TrainConfig
 from contaccum_ext.training.bank_width import bank_warnings
 from contaccum_ext.training.config import (
@@ -122,8 +122,10 @@ def test_automatic_bank_is_eight_updates_and_at_most_the_training_set(settings, 
     ("settings", "capacity", "says"),
     [
         ({}, 1024, None),
-        ({}, 16 * 128, None),
-        ({}, 16 * 128 + 1, "set bank_size to at most 2048"),
+        ({}, 128 * 128, None),
+        ({}, 128 * 128 + 1, "has not been tried over so many updates"),
+        ({"drift": "mean"}, 16 * 128, None),
+        ({"drift": "mean"}, 16 * 128 + 1, "set drift=transport, or bank_size to at most 2048"),
         ({"drift": "none"}, 2 * 128, None),
         ({"drift": "none"}, 2 * 128 + 1, "set drift=mean, or bank_size to at most 256"),
         ({"method": "prebatch", "drift": "none"}, 1024, "retrieval quality may collapse"),
@@ -147,6 +149,21 @@ def test_a_bank_wider_than_its_drift_correction_bears_warns_in_words(settings, c
         assert f"bank_size {capacity} keeps vectors up to" in warned[0]
 
 
+@pytest.mark.parametrize(
+    ("settings", "capacity", "drift"),
+    [
+        ({}, 8 * 128, "mean"),
+        ({}, 8 * 128 + 1, "transport"),
+        ({"accumulation_steps": 4}, 8 * 32 + 1, "transport"),
+        ({"clear_bank_every_update": True}, 4096, "mean"),
+        ({"drift": "none"}, 4096, "none"),
+        ({"drift": "transport"}, 64, "transport"),
+    ],
+)
+def test_automatic_drift_correction_goes_by_the_age_of_the_bank(settings, capacity, drift):
+    assert TrainConfig(**settings).drift_for(capacity) == drift
+
+
 def test_help_has_a_line_for_every_setting():
     lines = field_help()
     assert [line.split("=")[0] for line in lines] == list(TrainConfig().to_dict())
@@ -160,3 +177,11 @@ def test_running_means_lag_by_nine_sixteenths_of_an_update(micro_batches):
     decay = mean_decay(micro_batches)
     assert decay / (1 - decay) == pytest.approx(9 / 16 * micro_batches)
     assert mean_decay(16) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "average"), [(1, 9 / 4), (2, 9 / 2), (4, 9), (16, 9), (32, 18)]
+)
+def test_predicted_means_are_averages_over_more(micro_batches, average):
+    decay = predicted_mean_decay(micro_batches)
+    assert decay / (1 - decay) == pytest.approx(average)

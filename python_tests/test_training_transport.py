@@ -111,6 +111,16 @@ def test_the_window_and_the_staleness_are_in_the_metrics(two_towers, tmp_path):
     assert resting.update().bank_staleness is None
 
 
+def test_an_automatic_correction_follows_only_a_bank_of_many_updates(two_towers, tmp_path):
+    """Eight updates are 64 slots here."""
+    near = make_trainer(two_towers, tmp_path / "near", drift="auto", bank_size=64)
+    far = make_trainer(two_towers, tmp_path / "far", drift="auto", bank_size=65)
+    assert near.probes is None and near.method.bank.drift == "mean"
+    assert far.probes is not None and far.method.bank.drift == "mean"
+    assert far.update().bank_staleness > 0
+    assert near.update().bank_staleness is None
+
+
 @pytest.mark.parametrize(
     ("method", "decay"), [("contaccum", 9 / 17), ("gradcache_contaccum", 9 / 25)]
 )

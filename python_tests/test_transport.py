@@ -88,8 +88,8 @@ def test_probes_that_stay_leave_the_bank_as_it_is(device):
 @pytest.mark.parametrize("slots", [10, 30], ids=["partly filled", "wrapped"])
 @pytest.mark.parametrize(
     ("drift", "unit"),
-    [("none", True), ("none", False), ("mean", False)],
-    ids=["normalized", "as they are", "about means"],
+    [("none", True), ("none", False), ("mean", True), ("mean", False)],
+    ids=["normalized", "as they are", "about the mean now", "about their means"],
 )
 def test_loss_and_gradients_after_transport_are_the_oracle_s(device, slots, drift, unit):
     bank = filled_bank(device, slots=slots, drift=drift)
@@ -129,7 +129,8 @@ def test_narrow_banks_are_moved_in_single_precision_and_rounded_once(device, dty
     torch.testing.assert_close(bank.passages(), wide.passages().to(dtype), rtol=0, atol=1e-6)
 
 
-def test_about_means_vectors_count_where_an_exact_map_has_taken_them():
+@pytest.mark.parametrize("unit", [True, False])
+def test_about_means_vectors_count_where_an_exact_map_has_taken_them(unit):
     """Nothing lags after a step, and what probes got wrong of the mean decays with batches."""
     bank, slope = filled_bank("cpu", drift="mean"), torch.eye(D, dtype=F64) + 0.1 * vectors(D)
     old, others = vectors(3 * D, seed=7), vectors(3 * D, seed=8)
@@ -137,11 +138,13 @@ def test_about_means_vectors_count_where_an_exact_map_has_taken_them():
         bank.queries() + bank.query_offsets(),
         bank.passages() + bank.passage_offsets(),
     ]
-    ca.transport(bank, old, old @ slope + 0.5, others, others @ slope - 0.25, ridge=1e-12)
+    ca.transport(
+        bank, old, old @ slope + 0.5, others, others @ slope - 0.25, ridge=1e-12, normalize=unit
+    )
     expected = [counted[0] @ slope + 0.5, counted[1] @ slope - 0.25]
     now = [bank.queries() + bank.query_offsets(), bank.passages() + bank.passage_offsets()]
     torch.testing.assert_close(now, expected, rtol=0, atol=1e-8)
-    assert (bank.query_offsets() == 0).all()  # they are stored as they count
+    assert (bank.query_offsets() == 0).all().item() == unit  # they are stored as they count
     wrong = bank.means[0, 0].clone()
     steps = 40
     for step in range(steps):  # batches whose mean is elsewhere

@@ -7,6 +7,8 @@ or by similarity to the probes.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -219,6 +221,7 @@ class TransportMean(Mean):
             correct them: then they do not lag, and what the probes get wrong decays.
         moved: score banked vectors among themselves as they are after all moves, at the update's
             beginning; otherwise as they were enqueued.
+        turned: score them turned, about the means at which they were enqueued.
     """
 
     def __init__(
@@ -229,10 +232,27 @@ class TransportMean(Mean):
         decay: float = 0.9,
         predict: bool = False,
         moved: bool = False,
+        turned: bool = False,
     ) -> None:
         super().__init__(context, decay)
         self.moved_among_themselves = moved
+        self.enqueued = torch.zeros_like(self.centred) if turned else None  # the means
         self.probe, self.predict = Transport(context, probes, ridge), predict
+
+    def after_encode(self, update: int, queries: Tensor, passages: Tensor) -> None:
+        super().after_encode(update, queries, passages)
+        if self.enqueued is not None:
+            own = slice(self.history.bank(update).stop, self.history.view(update).stop)
+            vectors = torch.cat([self.history.queries[own, None], self.history.passages[own]], 1)
+            self.enqueued[own] = vectors - self.centred[own]
+
+    def before_loss(self, update: int) -> BankView:
+        view = super().before_loss(update)
+        if self.enqueued is None:
+            return view
+        slots = self.history.view(update)
+        frozen = self.centred[slots] + self.enqueued[slots]
+        return replace(view, frozen_queries=frozen[:, 0], frozen_passages=frozen[:, 1:])
 
     def before_step(self, update: int) -> None:
         self.probe.before_step(update)

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from contaccum_ext.bank_size import AUTO_BANK_UPDATES, auto_bank_size
+from contaccum_ext.bank_size import AUTO_BANK_UPDATES, auto_bank_size, auto_drift
 from contaccum_ext.training.methods import METHODS
 from contaccum_ext.training.rules import (
     FRACTION,
@@ -52,10 +52,11 @@ class TrainConfig:
         f"slots of the memory banks; auto = {AUTO_BANK_UPDATES} * n * K, at most the training set",
     )
     drift: str = _setting(
-        "mean",
-        choice("none", "mean", "transport"),
+        "auto",
+        choice("auto", "none", "mean", "transport"),
         "correction of banked vectors for the model's movement; transport encodes drift_probes "
-        "queries and as many passages once more after every update",
+        "queries and as many passages once more after every update; auto = mean for bank_size up "
+        f"to {AUTO_BANK_UPDATES} * n * K, else transport",
     )
     drift_probes: int = _setting(64, integer(1), "of transport; more follow the model more closely")
     drift_ridge: float = _setting(0.1, POSITIVE, "of transport; more trusts the probes less")
@@ -147,6 +148,14 @@ class TrainConfig:
         if isinstance(self.bank_size, int):
             return self.bank_size
         return auto_bank_size(self.update_size, training_queries)
+
+    def drift_for(self, capacity: int) -> str:
+        """What `drift` means for a bank of this many slots: "none", "mean" or "transport"."""
+        if self.drift != "auto":
+            return self.drift
+        if self.clear_bank_every_update:
+            return "mean"  # nothing in the bank is older than the weights
+        return auto_drift(capacity, self.update_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by key, as `from_mapping` reads them."""

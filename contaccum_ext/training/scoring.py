@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from contaccum_ext.bank import DualMemoryBank
-from contaccum_ext.bank_size import mean_decay
+from contaccum_ext.bank_size import mean_decay, predicted_mean_decay
 from contaccum_ext.functional import contaccum_loss
 from contaccum_ext.training.diagnostics import BankAges, Look, look
 from contaccum_ext.training.positive_bank import positive_bank_loss
@@ -42,20 +42,23 @@ class Scoring:
         self.config = config
         self.banks = banks
         self.bank: DualMemoryBank | None = None
+        self.transport: BankTransport | None = None
         if banks is not None:
+            capacity = config.bank_capacity(training_queries)
+            drift = config.drift_for(capacity)
+            follows = drift == "transport"
             self.bank = DualMemoryBank(
-                config.bank_capacity(training_queries),
+                capacity,
                 dim,
                 passages_per_query=1 + config.hard_negatives * config.bank_hard_negatives,
                 device=device,
-                drift="mean" if config.drift == "transport" else config.drift,
-                drift_decay=mean_decay(batches),
+                drift="mean" if follows else drift,
+                drift_decay=predicted_mean_decay(batches) if follows else mean_decay(batches),
             )
-        self.transport: BankTransport | None = None
-        if self.bank is not None and config.drift == "transport":
-            self.transport = BankTransport(
-                self.bank, config.drift_ridge, config.normalize, config.drift_limit
-            )
+            if follows:
+                self.transport = BankTransport(
+                    self.bank, config.drift_ridge, config.normalize, config.drift_limit
+                )
         self.ages = BankAges(0 if self.bank is None else self.bank.capacity)
         self.look: Look | None = None  # of the last micro-batch of this update, if it was wanted
         self._update = 0
