@@ -180,9 +180,9 @@ def test_settings_have_hashes_and_labels():
 def test_tables_are_unique_and_lead_with_what_matters():
     for name in tables.TABLES:
         found = tables.settings([name])
-        assert len({setting.key for setting in found}) == len(found) > 20
+        assert len({setting.key for setting in found}) == len(found) > 20, name
         labels = {setting.label.split()[0] for setting in found}
-        assert {"inbatch", "gradaccum", "bank"} == labels
+        assert {"inbatch", "bank"} <= labels <= {"inbatch", "gradaccum", "bank"}
     central = tables.settings(["central"])
     assert len(central) == 2 * 5 * 14
     assert [s.seed for s in central[:28]] == [1] * 28

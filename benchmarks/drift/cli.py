@@ -8,10 +8,12 @@ from pathlib import Path
 
 import benchmarks.drift
 from benchmarks.drift import rows
+from benchmarks.drift.families import DATA
 from benchmarks.drift.grid import Grid, run_grid
 from benchmarks.drift.harm import harm
 from benchmarks.drift.report import brief, table
 from benchmarks.drift.settings import Setting
+from benchmarks.drift.summary import summary
 from benchmarks.drift.tables import BASELINE, TABLES, settings
 
 
@@ -56,6 +58,12 @@ def _table(args: argparse.Namespace) -> int:
     for name in args.tables:
         told = (brief if args.brief else table)(settings([name]), done, args.baseline)
         print(f"### {name}\n\n{told}\n")
+    return 0
+
+
+def _summary(args: argparse.Namespace) -> int:
+    done = list(_read(args.rows).values())
+    print("\n\n".join(summary(done, data) for data in DATA))
     return 0
 
 
@@ -118,6 +126,10 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("--baseline", default=BASELINE, help="label; default %(default)s")
     one.add_argument("--brief", action="store_true", help="NDCG@10 alone, sets side by side")
     one.set_defaults(run=_table)
+
+    one = commands.add_parser("summary", help="print a line for every setting from rows")
+    one.add_argument("--rows", type=Path, required=True, nargs="+")
+    one.set_defaults(run=_summary)
 
     one = commands.add_parser("harm", help="which sign of staleness tells harm")
     one.add_argument("--rows", type=Path, required=True, nargs="+")

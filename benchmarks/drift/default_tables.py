@@ -114,6 +114,36 @@ def library() -> list[Setting]:
     return found
 
 
+def means() -> list[Setting]:
+    """Probes alone and about running means, where models move fast."""
+    found = []
+    for seed in (1, 2, 3):
+        for data in DATA:
+            few = [
+                Setting(data, seed, "inbatch"),
+                *banks(seed, data, "none", (128,)),
+                *banks(seed, data, "mean", (1024,)),
+                *(
+                    Setting(data, seed, bank=4096, correction=name, options=options)
+                    for name, options in (
+                        ("follow", SAFE),
+                        ("transport-mean", TRANSPORT),
+                        ("transport-mean", PREDICTED),
+                        ("follow-mean", FOLLOW_MEAN),
+                        ("follow-mean", LIBRARY),
+                        ("follow-mean", TURNED),
+                    )
+                ),
+            ]
+            found += [replace(x, **change) for change in (*DRIFTING, {}) for x in few]
+    return found
+
+
+def few() -> list[Setting]:
+    """Updates of few micro-batches."""
+    return [x for seed in (1, 2) for data in DATA for x in _few_batches(seed, data)]
+
+
 def _few_batches(seed: int, data: str) -> list[Setting]:
     """Updates of 32 queries in 4 micro-batches, where running means lag sooner."""
     options = [("follow-mean", LIBRARY | {"decay": decay}) for decay in (0.9, 0.7, 0.5)]

@@ -39,8 +39,9 @@ def harm(done: Sequence[rows.Row]) -> str:
     setting, less the run's. A sign of a run is its largest over ages in the window and lines.
 
     Args:
-        done: rows; banks beyond one update are looked at where the plain one was run too. `follow`
-            is left out: its window is chosen by none of the signs and hides what they would show.
+        done: rows; banks beyond one update are looked at where the plain one was run too.
+            `follow` and `follow-mean` are left out: their window is chosen by none of the signs and
+            hides what these would show.
     """
     plain: dict[str, list[float]] = {}
     for row in done:
@@ -51,7 +52,7 @@ def harm(done: Sequence[rows.Row]) -> str:
     for row in done:
         setting = from_row(row["setting"])
         base = plain.get(_plain(setting).without_seed())
-        if setting.correction == "follow":
+        if setting.correction.startswith("follow"):
             continue
         if setting.bank > setting.update_size and base and row["trace"]:
             signs = {name: _worst(row["trace"], sign) for name, sign in SIGNS.items()}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.drift.default_tables import default, library
+from benchmarks.drift.default_tables import default, few, library, means
 from benchmarks.drift.families import DATA, SCORES, TRANSPORT, banks, baselines
 from benchmarks.drift.settings import Setting
 
@@ -130,50 +130,6 @@ def safe() -> list[Setting]:
     return found
 
 
-def _varied(*changes: dict[str, Any], seeds: Sequence[int] = (1, 2)) -> list[Setting]:
-    """Baselines and a few corrections, with something else than central."""
-    found = []
-    for seed in seeds:
-        for change in changes:
-            for data in DATA:
-                few = baselines(seed, data) + banks(seed, data, "none", (128,))
-                few += banks(seed, data, "mean", (1024, 4096))
-                few += banks(seed, data, "transport", (1024, 4096))
-                few += banks(seed, data, "guard", (4096,))
-                found += [replace(setting, **change) for setting in few]
-    return found
-
-
-def rates() -> list[Setting]:
-    """Learning rates."""
-    return _varied(*({"learning_rate": rate} for rate in (5e-5, 5e-4, 2e-5)))
-
-
-def epochs() -> list[Setting]:
-    """Shorter and longer training."""
-    return _varied({"epochs": 1}, {"epochs": 10})
-
-
-def start() -> list[Setting]:
-    """A deeper model, and no pretraining."""
-    return _varied({"layers": 6}, {"start": "random"})
-
-
-def towers() -> list[Setting]:
-    """One encoder for both."""
-    return _varied({"towers": "shared"})
-
-
-def dot() -> list[Setting]:
-    """No normalisation, temperature 1."""
-    return _varied({"similarity": "dot", "scale": 1.0})
-
-
-def weights() -> list[Setting]:
-    """The paper's row weights 1/(n + F)."""
-    return _varied({"row_weighting": "all"})
-
-
 TABLES: dict[str, Callable[[], list[Setting]]] = {
     "central": central,
     "ideas": ideas,
@@ -181,12 +137,8 @@ TABLES: dict[str, Callable[[], list[Setting]]] = {
     "safe": safe,
     "default": default,
     "library": library,
-    "rates": rates,
-    "epochs": epochs,
-    "start": start,
-    "towers": towers,
-    "dot": dot,
-    "weights": weights,
+    "means": means,
+    "few": few,
 }
 
 
