@@ -40,8 +40,8 @@ class AttendHopper {
         barrier_init(at(sh.empty[s]), 8);  // the warps that sum
       }
       for (int b = 0; b < 2; ++b) {
-        barrier_init(at(sh.weights_full[b]), 16);  // four lanes of the warps that score
-        barrier_init(at(sh.weights_empty[b]), 8);
+        barrier_init(at(sh.weights_full[b]), T::kGroup);  // the threads that score
+        barrier_init(at(sh.weights_empty[b]), 2 * T::kGroup);
       }
       barrier_init(at(sh.partial_full), 1);
       barrier_init(at(sh.partial_empty), 4);
@@ -143,11 +143,15 @@ class AttendHopper {
           if (offset >= 0) sum_weights(offset, weights, scaled);
         }
       }
+      // Products are all that most tiles have read by: a lane comes for its warp. Where every lane
+      // has read or written itself, every lane comes: racecheck follows none that has not.
+      const bool by_lane = order == Order::rescale_and_add || order == Order::add_offsets;
       __syncwarp();
-      if (lane == 0) {
-        barrier_arrive(at(sh.empty[stage]));
+      if (lane == 0) barrier_arrive(at(sh.empty[stage]));
+      if (by_lane)
         barrier_arrive(at(sh.weights_empty[buffer]));
-      }
+      else if (lane == 0)
+        barrier_arrive<32>(at(sh.weights_empty[buffer]));
     }
     if (a.with_grad) store(which, acc);
   }

@@ -48,8 +48,11 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
 }
+// As so many arrivals: one thread may come for others.
+template <int kArrivals = 1>
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "n"(kArrivals)
+               : "memory");
 }
 // Arrive, and let the phase wait for so many bytes besides.
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
