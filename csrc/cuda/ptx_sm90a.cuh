@@ -88,6 +88,17 @@ __device__ __forceinline__ void store_there(uint32_t there, float a, float b, fl
       : "memory");
 }
 
+// Four numbers from shared memory, not before those that the program reads earlier: the compiler
+// would ask for all at once and have no registers for them.
+__device__ __forceinline__ float4 load_in_order(uint32_t from) {
+  float4 x;
+  asm volatile("ld.volatile.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(from)
+               : "memory");
+  return x;
+}
+
 // --- flags in global memory, from one thread block to another ---
 
 // What the thread has written or has seen written can be read by who waits for the flag.

@@ -87,10 +87,17 @@ struct HopperTile {
   static constexpr int kBoxBytes = 64 * 64 * 2;
   static constexpr int kOperandBytes = kColumns * kBoxBytes;
   static constexpr int kWeightBytes = 64 * 64 * 2;
-  // Of a thread. Together 512: four times the 128 that 512 threads begin with.
-  static constexpr int kSumRegisters = kSums > 3 ? 160 : 128;
-  static constexpr int kCopyRegisters = kSums > 3 ? 40 : 48;
-  static constexpr int kScoreRegisters = 512 - 2 * kSumRegisters - kCopyRegisters;
+};
+
+// Registers of a thread, by what its warpgroup does. Together 512: four times the 128 that 512
+// threads begin with. 96 sums and what adds two splits' want 136, the walk over tiles 56; the 184
+// that are left are enough to score. On the query side with offsets they are not: biases and
+// another 16 sums come to what the others miss least, as a spill there is one of every tile's.
+template <class T, bool kQueriesWithOffsets>
+struct HopperRegisters {
+  static constexpr int kSum = T::kSums > 3 ? 160 : kQueriesWithOffsets ? 128 : 136;
+  static constexpr int kCopy = T::kSums > 3 || kQueriesWithOffsets ? 40 : 56;
+  static constexpr int kScore = 512 - 2 * kSum - kCopy;
 };
 
 // Calls f with the tile for vectors of d elements.
