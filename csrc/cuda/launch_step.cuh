@@ -80,7 +80,10 @@ int row_blocks(const CudaStep& step) {
     return 2 * int(std::min<int64_t>(pairs, step.device.multiprocessors / 2));
   }
   if (takes_library<S>(step)) return int(ceil_div(rows, kRowsLibrary));
-  return int(ceil_div(rows, takes_rows_mma<S>(step) ? kRowsMma : kRowWarps * kTileRows<Acc<S>>));
+  const int of_block = takes_few_rows_mma<S>(step) ? kFewRowsMma
+                       : takes_rows_mma<S>(step)   ? kRowsMma
+                                                   : kRowWarps * kTileRows<Acc<S>>;
+  return int(ceil_div(rows, of_block));
 }
 
 template <class S>
@@ -356,7 +359,7 @@ class Launcher {
   void score_rows() {
     if constexpr (sizeof(S) == 2) {
       if (takes_rows_sm90a<S>(step_)) return check(launch_rows_sm90a<S>(a_, stream_));
-      if (takes_rows_mma<S>(step_)) return launch_rows_mma<S>(a_, step_.device, stream_);
+      if (takes_rows_mma<S>(step_)) return launch_rows_mma<S>(a_, step_, stream_);
     }
     banked_rows<S, V><<<a_.row_blocks, kRowThreads, 0, stream_>>>(a_);
   }

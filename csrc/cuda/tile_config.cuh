@@ -32,21 +32,25 @@ struct MmaTile {
 };
 
 // Banked rows against columns: a plain product with both operands streamed by slices of d. More
-// columns at once read the bank's rows less often; fewer waste less on a small batch.
-template <int kColumns_>
+// columns at once read the bank's rows less often; fewer waste less on a small batch. Where rows
+// are few too, eight slices in flight hide the way to memory, and warps share d.
+template <int kRows_, int kColumns_, int kStages_>
 struct RowsTile {
-  static constexpr int kRows = 128, kColumns = kColumns_;
-  static constexpr int kWarpRows =
-      32;  // 64 registers of sums a thread with 128 columns: two thread
-  static constexpr int kWarpColumns = kColumns / 2;  // blocks share a processor, so that one
-                                                     // multiplies while the other sums
+  static constexpr int kRows = kRows_, kColumns = kColumns_;
+  static constexpr int kStages = kStages_;  // 128 by 128: 108 KiB, half of what a processor has
+  // 64 registers of sums a thread with 128 by 128: two thread blocks share a processor, so that one
+  // multiplies while the other sums.
+  static constexpr int kWarpRows = kRows >= 128 ? 32 : 16, kWarpColumns = kColumns / 2;
+  static constexpr int kWarpsDown = kRows / kWarpRows, kWarpsAcross = kColumns / kWarpColumns;
+  static constexpr int kWarpsDeep = kWarps / (kWarpsDown * kWarpsAcross);
   static constexpr int kSlice = 64, kRowBytes = 2 * kSlice + 16;  // odd, in 16-byte units
-  static constexpr int kStages = 3;                  // 108 KiB: twice that is what a processor has
-  static constexpr int kScoreStride = kColumns + 2;  // two threads a row: distinct banks
-  static constexpr int kMinOffsetBlock = 32;         // fewer slots: more runs than kRuns
-  static constexpr int kRuns = kRows / kMinOffsetBlock + 2;
-  static constexpr int kWarpsDown = kRows / kWarpRows;
-  static_assert(kWarpsDown * (kColumns / kWarpColumns) == kWarps, "a part for each warp");
+  static constexpr int kLanes = kThreads / kRows;                 // threads of a row
+  static constexpr int kScoreStride = kColumns + kLanes;  // what a warp reads: distinct banks
+  static constexpr int kMinOffsetBlock = 32;              // fewer slots: more runs than kRuns
+  static constexpr int kRuns = (kRows + kMinOffsetBlock - 1) / kMinOffsetBlock + 2;
+  static_assert(kWarpsDown * kWarpsAcross * kWarpsDeep == kWarps, "a share for each warp");
+  static_assert(kSlice / 16 % kWarpsDeep == 0 && kWarpColumns % 16 == 0, "whole loads of matrices");
+  static_assert(kLanes <= 32 && kColumns % 32 == 0, "a row's threads belong to one warp");
 };
 
 // New rows against columns of a block, for the table: RowsTile's product. Where rows and columns
