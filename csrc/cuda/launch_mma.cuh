@@ -66,22 +66,20 @@ void launch_rows(const Args<S>& a, int parts, cudaStream_t stream) {
 
 template <class S>
 void launch_rows_mma(const Args<S>& a, const CudaStep& step, cudaStream_t stream) {
-  using Few = RowsTile<32, 32, 8>;
-  using Narrow = RowsTile<128, 64, 3>;
-  using Wide = RowsTile<128, 128, 3>;
-  static_assert(Few::kRows == kFewRowsMma && Narrow::kRows == kRowsMma && Wide::kRows == kRowsMma,
-                "row_blocks() counts them");
+  static_assert(
+      FewRows::kRows == kFewRowsMma && NarrowRows::kRows == kRowsMma && WideRows::kRows == kRowsMma,
+      "row_blocks() counts them");
   if (takes_few_rows_mma<S>(step)) {
     const bool apart = a.incremental && a.row_blocks <= step.device.multiprocessors;
-    return launch_rows<S, Few>(a, apart ? 2 : 1, stream);
+    return launch_rows<S, FewRows>(a, apart ? 2 : 1, stream);
   }
   // 128 columns do not fit the shared memory of the smaller chips.
-  const bool wide = a.n * a.m > 64 && sizeof(typename BankedRowsMma<S, Wide>::Shared) <=
+  const bool wide = a.n * a.m > 64 && sizeof(typename BankedRowsMma<S, WideRows>::Shared) <=
                                           size_t(step.device.shared_bytes);
   if (wide)
-    launch_rows<S, Wide>(a, 1, stream);
+    launch_rows<S, WideRows>(a, 1, stream);
   else
-    launch_rows<S, Narrow>(a, 1, stream);
+    launch_rows<S, NarrowRows>(a, 1, stream);
 }
 
 template <class S, class Tile>

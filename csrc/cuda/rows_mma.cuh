@@ -51,6 +51,11 @@ class BankedRowsMma {
       fresh.max = a.row(kFreshMax)[slot];
       fresh.sum = a.row(kFreshSum)[slot];
     }
+    float banked = 0, positive = 0;  // asked for early: few columns do not hide a way to memory
+    if (in_loss) {
+      banked = a.row(a.banked_columns ? kRowLse : kPositive)[slot];
+      positive = a.row(kPositive)[slot];
+    }
     // The parts of the batch that land in one block of slots.
     int row = 0;
     auto piece_end = [&] {
@@ -78,10 +83,10 @@ class BankedRowsMma {
       loss = biased;
     }
     if (!in_loss || !leader) return 0;
-    loss.add_lse(a.row(a.banked_columns ? kRowLse : kPositive)[slot]);
+    loss.add_lse(banked);
     const float lse = loss.value();
     a.row_lse[slot] = lse;
-    return double(lse) - double(a.row(kPositive)[slot]);
+    return double(lse) - double(positive);
   }
 
   // See BankedRows::keep_groups in rows.cuh.
@@ -236,7 +241,7 @@ class BankedRowsMma {
               make_float2(acc[mt][nt][half * 2], acc[mt][nt][half * 2 + 1]);
   }
 
-  // bias[run][column]: scores of the runs' offsets mean_now - mean_of_run; eight columns a warp.
+  // bias[run][column]: scores of the runs' offsets mean_now - mean_of_run; a few columns a warp.
   __device__ void offset_scores(int column, int column_end) {
     if (a.passage_bias != nullptr) {
       for (int i = threadIdx.x; i < run_count * T::kColumns; i += kThreads) {

@@ -52,6 +52,9 @@ struct RowsTile {
   static_assert(kSlice / 16 % kWarpsDeep == 0 && kWarpColumns % 16 == 0, "whole loads of matrices");
   static_assert(kLanes <= 32 && kColumns % 32 == 0, "a row's threads belong to one warp");
 };
+using FewRows = RowsTile<32, 32, 8>;  // 73 KiB: two thread blocks a processor, one on sm_86
+using NarrowRows = RowsTile<128, 64, 3>;
+using WideRows = RowsTile<128, 128, 3>;
 
 // New rows against columns of a block, for the table: RowsTile's product. Where rows and columns
 // are few, eight slices in flight hide the way to memory, and warps share d, or their chains of
