@@ -47,6 +47,14 @@ class Case:
 # n * m around 64 and 128, where tiles end; capacities around 4,096, below which another kernel has
 # the rows of the bank; wrapping in the middle of a tile; every d of the usual encoders.
 LARGE = {
+    # Few columns and few rows have tiles of their own: up to n * m = 64 and, with 132 processors,
+    # 8,448 slots; up to 4,224 of them upkeep has thread blocks of its own.
+    "few rows": Case(768, BF16, 2048, (8, 8, 7, 1, 30, 8, 32, 33), 2, ids=True),
+    "few rows, window": Case(384, F16, 1500, (3, 8, 17, 21, 22, 30), 3, window=600, given=F32),
+    "few rows, upkeep apart": Case(128, F16, 4224, (8, 64, 65), ids=True),
+    "few rows, upkeep not apart": Case(128, F16, 4225, (8, 64, 65), ids=True),
+    "few rows, all processors": Case(72, BF16, 8448, (1, 8, 33, 64), ids=True, window=3000),
+    "no longer few rows": Case(72, BF16, 8449, (1, 8, 33, 64), ids=True),
     "d = 384": Case(384, BF16, 4096, (1, 63, 64, 65, 200), ids=True, given=F32),
     "d = 384, m = 2": Case(384, F16, 4097, (1, 31, 32, 33, 64, 65), 2),
     "d = 384, window": Case(384, BF16, 8192, (127, 128, 129), window=1000, ids=True),

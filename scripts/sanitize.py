@@ -1,58 +1,131 @@
 #!/usr/bin/env python3
 """Steps over small banks that take every CUDA kernel once, for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python scripts/sanitize.py
+    compute-sanitizer --tool racecheck python scripts/sanitize.py [NAME ...]
 
-Likewise racecheck, synccheck and initcheck; for the last, PYTORCH_NO_CUDA_MEMORY_CACHING=1 lets it
-see where an allocation ends. The values are the tests' business, here they only must be finite.
+Likewise memcheck, synccheck and initcheck; for the last, PYTORCH_NO_CUDA_MEMORY_CACHING=1 lets it
+see where an allocation ends. NAMEs, or how they begin, choose among the histories; all without.
+The values are the tests' business, here they only must be finite.
+
+Tools take their time by launch and by access to memory. So banks are small and steps few: a bank is
+filled by hand, up to a few slots before the ring's end. Where kernels keep several tiles in flight
+there are local vectors enough that few splits are left, each with several tiles of the bank: on
+132 processors some three, and as many local ones.
 """
 
 from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
 
 import torch
 
 import contaccum_ext as ca
 
-# capacity, d, m, n, dtype, drift, steps, with ids; what they are to reach
-HISTORIES = (
-    (1024, 128, 1, 70, torch.bfloat16, "mean", 17, True),  # one Hopper block a vector, wrap-around
-    (1024, 768, 2, 40, torch.float16, "mean", 4, True),  # two blocks a vector
-    (1024, 1024, 1, 64, torch.bfloat16, "none", 3, False),
-    (4096, 384, 1, 128, torch.bfloat16, "none", 4, True),
-    (2048, 768, 2, 8, torch.bfloat16, "mean", 3, True),  # mma.sync
-    (100, 48, 1, 8, torch.float32, "mean", 14, True),  # portable, wrap-around
-    (2048, 512, 1, 128, torch.float32, "mean", 17, True),  # products by torch, wrap-around
-    (2050, 1100, 1, 128, torch.float16, "mean", 17, True),  # the same with a short last block
-    (60, 33, 2, 5, torch.float64, "none", 14, True),
-    (20, 16, 2, 30, torch.float32, "mean", 2, True),  # a batch larger than the bank
-)
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
-def run(capacity, d, m, n, dtype, drift, steps, with_ids) -> None:
-    """A few training steps from an empty bank."""
-    bank = ca.DualMemoryBank(capacity, d, m, dtype, "cuda", drift)
-    for seed in range(steps):
-        generator = torch.Generator("cuda").manual_seed(seed)
-        shape, device = (n, 1 + m, d), torch.device("cuda")
-        vectors = torch.randn(shape, device=device, generator=generator)
-        vectors = torch.nn.functional.normalize(vectors, dim=-1).to(dtype)
-        ids = torch.randint(-1, 50, (n, m), device=device, generator=generator)
-        queries = vectors[:, 0].contiguous().requires_grad_()
-        passages = vectors[:, 1:].contiguous().requires_grad_()
-        loss = ca.contaccum_loss(queries, passages, bank, 0.1, ids if with_ids else None)
+@dataclass(frozen=True)
+class History:
+    """A few steps; with a rebuild of the table before the first one, which larger banks skip."""
+
+    capacity: int
+    d: int
+    m: int
+    n: int
+    dtype: torch.dtype
+    drift: str = "mean"
+    ids: bool = True
+    temperature: float = 0.1
+    rebuild: bool = False
+    empty: bool = False  # to begin with
+
+
+HISTORIES = {
+    "hopper-1": History(1344, 128, 1, 1056, BF16),  # a thread block holds whole vectors
+    "hopper-2": History(1344, 768, 2, 300, F16),  # two share them
+    "hopper-1-plain": History(1344, 384, 1, 1056, BF16, "none", ids=False),
+    "hopper-2-plain": History(1344, 768, 1, 576, F16, "none"),
+    "hopper-1024": History(1344, 1024, 1, 576, BF16),
+    # Scores so far apart that references rise tile by tile and biases leave nothing of weights.
+    "hopper-far": History(1344, 768, 1, 576, BF16, temperature=0.002),
+    "hopper-far-plain": History(1344, 384, 1, 1056, BF16, "none", temperature=0.002),
+    "hopper-rows": History(8512, 128, 1, 40, BF16),  # few columns, not few rows
+    "small": History(2048, 768, 2, 8, BF16),  # mma.sync; upkeep apart
+    "small-plain": History(2048, 768, 2, 8, F16, "none", ids=False),
+    "small-whole": History(4300, 64, 1, 8, BF16),  # upkeep behind local columns
+    "small-rebuild": History(600, 256, 1, 40, BF16, rebuild=True),
+    # A slot's passages do not fit tiles for Hopper.
+    "mma-wide": History(4160, 64, 3, 30, BF16),
+    "mma-narrow": History(8512, 64, 3, 16, F16),
+    "portable-32": History(100, 48, 1, 8, F32, rebuild=True),
+    "portable-64": History(60, 33, 2, 5, F64, "none", rebuild=True),
+    "portable-large": History(20, 16, 2, 30, F32, empty=True),  # a batch larger than the bank
+    "library-32": History(2048, 512, 1, 128, F32),
+    "library-16": History(2050, 1100, 1, 128, F16),  # and a short last block
+}
+
+
+def vectors(*shape: int) -> torch.Tensor:
+    """Of length 1."""
+    return torch.nn.functional.normalize(torch.randn(*shape, device="cuda"), dim=-1)
+
+
+def fill(bank: ca.DualMemoryBank, case: History) -> None:
+    """Fill a bank without a step, head a batch and a half before the ring's end."""
+    slots, m, d = case.capacity, case.m, case.d
+    bank.bank_queries.copy_(vectors(slots, d))
+    bank.bank_passages.copy_(vectors(slots, m, d))
+    bank.means.copy_(vectors(*bank.means.shape))
+    if case.ids:
+        bank.bank_ids.random_(-1, 50)
+    head = max(0, slots - case.n * 3 // 2)
+    bank.cursor.copy_(torch.tensor([head, slots], device="cuda"))
+    for table in (bank.block_lse, bank.group_lse, bank.row_state):
+        table.zero_()  # of no bank, but finite
+    if not case.rebuild:
+        bank.accept(1.0 / case.temperature, bank.window_blocks(), case.ids)
+
+
+def run(name: str, case: History) -> None:
+    """Three steps, the last with half of the bank."""
+    torch.manual_seed(0)
+    bank = ca.DualMemoryBank(case.capacity, case.d, case.m, case.dtype, "cuda", case.drift)
+    if not case.empty:
+        fill(bank, case)
+    for step in range(3):
+        if step == 2:
+            bank.window = max(1, case.capacity // 2)
+        batch = vectors(case.n, 1 + case.m, case.d).to(case.dtype)
+        ids = torch.randint(-1, 50, (case.n, case.m), device="cuda") if case.ids else None
+        queries = batch[:, 0].contiguous().requires_grad_()
+        passages = batch[:, 1:].contiguous().requires_grad_()
+        loss = ca.contaccum_loss(queries, passages, bank, case.temperature, ids)
         loss.backward()
         if not torch.isfinite(loss):
-            raise SystemExit(f"loss {loss.item()} with capacity {capacity}, d {d}, n {n}, {dtype}")
+            raise SystemExit(f"{name}: loss {loss.item()}")
+
+
+def without_bank() -> None:
+    """In-batch InfoNCE."""
+    queries = torch.randn(80, 384, device="cuda", dtype=BF16, requires_grad=True)
+    ca.contaccum_loss(queries, queries.detach(), None, 20.0).backward()
 
 
 def main() -> None:
-    """All histories, and a loss without a bank."""
-    for history in HISTORIES:
-        run(*history)
-    queries = torch.randn(80, 384, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    ca.contaccum_loss(queries, queries.detach(), None, 20.0).backward()
+    """The histories asked for, and a loss without a bank."""
+    parser = argparse.ArgumentParser(description="Take every CUDA kernel through a few steps.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(HISTORIES))
+    prefixes = tuple(parser.parse_args().names) or ("",)
+    chosen = {name: case for name, case in HISTORIES.items() if name.startswith(prefixes)}
+    if unknown := [p for p in prefixes if not any(name.startswith(p) for name in HISTORIES)]:
+        parser.error(f"no history is called {unknown[0]}; there are {', '.join(HISTORIES)}")
+    for name, case in chosen.items():
+        run(name, case)
+    if "" in prefixes:
+        without_bank()
     torch.cuda.synchronize()
-    print(f"{len(HISTORIES)} histories, all finite")
+    print(f"{len(chosen)} histories, all finite")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ struct Args {
   double* losses;     // (n + row_blocks)
   // Offsets: of each row of stored means (from means[1] on) what it adds to scores, the probability
   // mass of its slots, and itself, rounded. Scores are in base 2, and so are query masses, as
-  // logarithms.
+  // logarithms. Null where no kernel of the step reads them.
   float* query_bias;      // (1 + offset_blocks, m, n padded)
   float* passage_bias;    // (1 + offset_blocks, n * m padded)
   float* query_mass;      // (1 + offset_blocks, m, n)

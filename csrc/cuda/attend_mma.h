@@ -35,16 +35,27 @@ bool takes_tensor_cores(const CudaStep& step) {
   return takes_entries_mma<S>(step) && step.layout.d <= 1024;
 }
 
+constexpr int kRowsMma = 128, kFewRowsMma = 32;  // RowsTile::kRows
+
+// A small bank and a small batch: latency decides. Small tiles then reach more processors, two
+// thread blocks each at most, and more columns than two such tiles are better taken at once.
+template <class S>
+bool takes_few_rows_mma(const CudaStep& step) {
+  const Layout& y = step.layout;
+  return takes_tensor_cores<S>(step) && y.offset_block >= 32 && step.batch.n * y.m <= 64 &&
+         ceil_div(y.capacity, kFewRowsMma) <= 2 * step.device.multiprocessors;
+}
+
 // Below this many slots, thread blocks of 128 rows leave most of a large device idle.
 template <class S>
 bool takes_rows_mma(const CudaStep& step) {
-  return takes_tensor_cores<S>(step) && step.layout.capacity >= 4096 &&
-         step.layout.offset_block >= 32;
+  return takes_few_rows_mma<S>(step) ||
+         (takes_tensor_cores<S>(step) && step.layout.capacity >= 4096 &&
+          step.layout.offset_block >= 32);
 }
-constexpr int kRowsMma = 128;  // RowsTile::kRows
 
 template <class S>
-void launch_rows_mma(const Args<S>& a, const CudaDevice& device, cudaStream_t stream);
+void launch_rows_mma(const Args<S>& a, const CudaStep& step, cudaStream_t stream);
 
 template <class S>
 void launch_attend_mma(const Args<S>& a, const CudaDevice& device, bool queries, int splits,

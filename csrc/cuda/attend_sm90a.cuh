@@ -18,6 +18,7 @@ template <class S, Side kSide, class T>
 class AttendHopper {
   static constexpr bool kQuerySide = kSide != Side::passages;
   using Shared = HopperShared<T>;
+  using Registers = HopperRegisters<T, kSide == Side::queries_with_offsets>;
 
  public:
   __device__ AttendHopper(const Args<S>& args, const Ring<S>& r, const HopperMaps& maps_, char* raw)
@@ -26,10 +27,6 @@ class AttendHopper {
         maps(maps_),
         sh(*reinterpret_cast<Shared*>(raw)),
         rank(T::kCluster == 2 ? int(cluster_rank()) : 0),
-        split(blockIdx.x / T::kCluster),
-        splits(gridDim.x / T::kCluster),
-        total(kQuerySide ? args.n : args.n * args.m),
-        first(blockIdx.y * T::kLocal),
         lane(threadIdx.x % 32) {}
 
   __device__ void run() {
@@ -40,8 +37,8 @@ class AttendHopper {
         barrier_init(at(sh.empty[s]), 8);  // the warps that sum
       }
       for (int b = 0; b < 2; ++b) {
-        barrier_init(at(sh.weights_full[b]), 16);  // four lanes of the warps that score
-        barrier_init(at(sh.weights_empty[b]), 8);
+        barrier_init(at(sh.weights_full[b]), T::kGroup);  // the threads that score
+        barrier_init(at(sh.weights_empty[b]), 2 * T::kGroup);
       }
       barrier_init(at(sh.partial_full), 1);
       barrier_init(at(sh.partial_empty), 4);
@@ -57,13 +54,13 @@ class AttendHopper {
     // are serialised.
     const int group = __shfl_sync(0xffffffffu, int(threadIdx.x) / T::kGroup, 0);
     if (group == 0) {
-      registers_up_to<T::kScoreRegisters>();
+      registers_up_to<Registers::kScore>();
       WeighHopper<S, kSide, T>(a, ring, sh, rank).run();
     } else if (group < 3) {
-      registers_up_to<T::kSumRegisters>();
+      registers_up_to<Registers::kSum>();
       sum_up(group - 1);
     } else {
-      registers_down_to<T::kCopyRegisters>();
+      registers_down_to<Registers::kCopy>();
       if (threadIdx.x == 3 * T::kGroup) copy();
     }
     __syncwarp();
@@ -75,12 +72,18 @@ class AttendHopper {
   }
 
  private:
+  // Not kept in registers, which are scarce.
+  __device__ __forceinline__ int split() const { return blockIdx.x / T::kCluster; }
+  __device__ __forceinline__ int splits() const { return gridDim.x / T::kCluster; }
+  __device__ __forceinline__ int total() const { return kQuerySide ? a.n : a.n * a.m; }
+  __device__ __forceinline__ int first() const { return blockIdx.y * T::kLocal; }
+
   // --- one thread: tiles from global memory ---
 
   __device__ __forceinline__ void copy_vectors(char* to, const CUtensorMap* map, int kind, int row,
                                                uint32_t barrier) {
     barrier_expect(barrier, T::kOperandBytes);
-#pragma unroll
+#pragma unroll 1  // no registers for places of boxes
     for (int c = 0; c < T::kColumns; ++c)
       copy_box(shared_address(to) + c * T::kBoxBytes, map, rank * T::kSlice + c * kBoxColumns, kind,
                row, barrier);
@@ -88,16 +91,16 @@ class AttendHopper {
 
   __device__ __forceinline__ void copy() {
     prefetch_map(&maps.bank);
-    copy_vectors(sh.local, &maps.locals, 0, first, at(sh.locals_ready));
-    SlotWalk<S, kQuerySide> walk(a, ring, split, splits);
+    copy_vectors(sh.local, &maps.locals, 0, first(), at(sh.locals_ready));
+    SlotWalk<S, kQuerySide> walk(a, ring, split(), splits());
     bool more = true;
     for (int i = 0; more; ++i) {
       more = walk.next();
       const int stage = i % T::kStages;
       if (i >= T::kStages) barrier_wait(at(sh.empty[stage]), (i / T::kStages - 1) & 1);
-      SlotTile& t = sh.slots[stage];
-      t = walk.tile;
+      SlotTile t = walk.tile();
       if (!more) t.count = 0;  // tells those who wait for a tile
+      sh.slots[stage] = t;
       const CUtensorMap* map = t.offsets ? &maps.offsets
                                : t.local ? &maps.local_vectors
                                          : &maps.bank;
@@ -143,11 +146,15 @@ class AttendHopper {
           if (offset >= 0) sum_weights(offset, weights, scaled);
         }
       }
+      // Products are all that most tiles have read by: a lane comes for its warp. Where every lane
+      // has read or written itself, every lane comes: racecheck follows none that has not.
+      const bool by_lane = order == Order::rescale_and_add || order == Order::add_offsets;
       __syncwarp();
-      if (lane == 0) {
-        barrier_arrive(at(sh.empty[stage]));
+      if (lane == 0) barrier_arrive(at(sh.empty[stage]));
+      if (by_lane)
         barrier_arrive(at(sh.weights_empty[buffer]));
-      }
+      else if (lane == 0)
+        barrier_arrive<32>(at(sh.weights_empty[buffer]));
     }
     if (a.with_grad) store(which, acc);
   }
@@ -211,9 +218,9 @@ class AttendHopper {
     hold(mass);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int l = first + my_row() + 8 * h;
-      if (lane % 4 == 0 && l < total)
-        masses()[int64_t(offset) * total + l] =
+      const int l = first() + my_row() + 8 * h;
+      if (lane % 4 == 0 && l < total())
+        masses()[int64_t(offset) * total() + l] =
             kQuerySide ? log2f(mass[2 * h]) - scaled[h] : mass[2 * h];
     }
   }
@@ -236,8 +243,8 @@ class AttendHopper {
       for (int h = 0; h < 2; ++h) {
         const int row = my_row() + 8 * h;
         float mass = 0;
-        if (p < count && first + row < total) {
-          mass = masses()[int64_t(offset + p) * total + first + row];
+        if (p < count && first() + row < total()) {
+          mass = masses()[int64_t(offset + p) * total() + first() + row];
           if (kQuerySide) mass = exp2_(mass + scaled[h]);
         }
         char* to = sh.weight[buffer] + p * 128 + (((row / 8) ^ (p & 7)) << 4) + row % 8 * 2;
@@ -249,11 +256,11 @@ class AttendHopper {
   // --- where the sums go ---
 
   __device__ __forceinline__ bool leaves_sums() const {
-    return a.with_grad && split % 2 == 0 && split + 1 < splits;
+    return a.with_grad && split() % 2 == 0 && split() + 1 < splits();
   }
   // A block's own 64 x kSlice numbers of part_out: see part_out_at().
   __device__ __forceinline__ int part() const {
-    return (split / 2 * gridDim.y + blockIdx.y) * T::kCluster + rank;
+    return (split() / 2 * gridDim.y + blockIdx.y) * T::kCluster + rank;
   }
   __device__ __forceinline__ int* flag() const {
     return (kQuerySide ? a.query_done : a.passage_done) + part() / T::kCluster;
@@ -273,7 +280,7 @@ class AttendHopper {
       }
       return;
     }
-    if (split % 2 == 1) {
+    if (split() % 2 == 1) {
       named_sync<2 * T::kGroup>(2);  // tiles are no longer read
       if (lane == 0) wait_for_flag(flag());
       __syncwarp();
@@ -283,17 +290,27 @@ class AttendHopper {
         copy_16(shared_address(theirs + q * 2 * T::kGroup),
                 reinterpret_cast<float4*>(place) + q * 2 * T::kGroup + thread, true);
       copy_commit();
+      if (kQuerySide && thread < T::kLocal) {
+        const float2 f = factors(thread);
+        sh.shrink[0][thread] = f.x;
+        sh.shrink[1][thread] = f.y;
+      }
       copy_wait<0>();
+      if (kQuerySide) named_sync<2 * T::kGroup>(2);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const float2 x = factors(my_local(j)), y = factors(my_local(j) + 1);
+        float2 mine{1, 1}, other{1, 1};
+        if constexpr (kQuerySide) {
+          mine = *reinterpret_cast<const float2*>(&sh.shrink[0][my_local(j)]);
+          other = *reinterpret_cast<const float2*>(&sh.shrink[1][my_local(j)]);
+        }
 #pragma unroll
         for (int c = 0; c < T::kSums; ++c) {
-          const float4 other = theirs[(c * 8 + j) * 2 * T::kGroup];
-          acc[c][4 * j] = acc[c][4 * j] * x.x + other.x * x.y;
-          acc[c][4 * j + 1] = acc[c][4 * j + 1] * y.x + other.y * y.y;
-          acc[c][4 * j + 2] = acc[c][4 * j + 2] * x.x + other.z * x.y;
-          acc[c][4 * j + 3] = acc[c][4 * j + 3] * y.x + other.w * y.y;
+          const float4 x = load_in_order(shared_address(theirs + (c * 8 + j) * 2 * T::kGroup));
+          acc[c][4 * j] = acc[c][4 * j] * mine.x + x.x * other.x;
+          acc[c][4 * j + 1] = acc[c][4 * j + 1] * mine.y + x.y * other.y;
+          acc[c][4 * j + 2] = acc[c][4 * j + 2] * mine.x + x.z * other.x;
+          acc[c][4 * j + 3] = acc[c][4 * j + 3] * mine.y + x.w * other.y;
         }
       }
       named_sync<2 * T::kGroup>(2);  // what the first split has left has been read
@@ -310,9 +327,9 @@ class AttendHopper {
   }
   // For this split's sums and for those of the first of the pair: see pair_max().
   __device__ __forceinline__ float2 factors(int l) const {
-    if (!kQuerySide || first + l >= total) return {1, 1};
+    if (first() + l >= total()) return {1, 1};
     const float mine = sh.reference[0][l] * kLn2;
-    const float other = a.part_max[int64_t(split - 1) * total + first + l];
+    const float other = a.part_max[int64_t(split() - 1) * total() + first() + l];
     const float top = fmaxf(fmaxf(mine, other), -1e30f);  // -inf minus -inf would be NaN
     return {exp2_((mine - top) * kLog2e), exp2_((other - top) * kLog2e)};
   }
@@ -321,7 +338,7 @@ class AttendHopper {
   const Ring<S>& ring;
   const HopperMaps& maps;
   Shared& sh;
-  const int rank, split, splits, total, first, lane;
+  const int rank, lane;
 };
 
 // Grid (splits * kCluster, locals / 64), clusters of kCluster.

@@ -40,7 +40,7 @@ bool takes_rows_sm90a(const CudaStep& step) {
   constexpr int64_t kFewRows = 1024;  // a block takes 128
   const Layout& y = step.layout;
   if (!takes_tensor_cores<S>(step) || step.device.compute_capability != 90) return false;
-  if (y.capacity < kFewRows) return false;
+  if (y.capacity < kFewRows || takes_few_rows_mma<S>(step)) return false;
   const int64_t columns = y.group * y.m;
   if (columns != 8 && columns != 16 && columns != 32 && columns != kBoxRows) return false;
   return !step.options.use_offsets || has_offset_arrays<S>(step);

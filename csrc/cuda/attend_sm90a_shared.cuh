@@ -19,6 +19,15 @@ struct Needed {
   float lse[2];    // passage side
   int64_t id[2];   // query side: of the column; passage side: of the row's positive
   float2 bias[8];  // of the tile's offset, or zero
+
+  // Whether a weight with the offset may be too small to tell the weight without it.
+  __device__ __forceinline__ bool is_far() const {
+    constexpr float kSafe = 32;
+    bool far = false;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) far |= !(bias[j].x > -kSafe) || !(bias[j].y > -kSafe);
+    return far;
+  }
 };
 
 // Power of two by which weights are larger than they should be: see WeighHopper.

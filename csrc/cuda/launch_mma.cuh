@@ -55,25 +55,31 @@ void launch_attend_mma(const Args<S>& a, const CudaDevice& device, bool queries,
     launch_side<S, false>(a, device, splits, stream);
 }
 
-template <class S, int kColumns>
-void launch_rows(const Args<S>& a, cudaStream_t stream) {
-  using Tile = RowsTile<kColumns>;
-  static_assert(Tile::kRows == kRowsMma && Tile::kMinOffsetBlock == 32, "takes_rows_mma() says so");
+template <class S, class Tile>
+void launch_rows(const Args<S>& a, int parts, cudaStream_t stream) {
+  static_assert(Tile::kMinOffsetBlock == 32, "takes_rows_mma() says so");
   constexpr int bytes = sizeof(typename BankedRowsMma<S, Tile>::Shared);
-  const auto kernel = banked_rows_mma<S, kColumns>;
+  const auto kernel = banked_rows_mma<S, Tile>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  kernel<<<a.row_blocks, kThreads, bytes, stream>>>(a);
+  kernel<<<dim3(a.row_blocks, parts), kThreads, bytes, stream>>>(a);
 }
 
 template <class S>
-void launch_rows_mma(const Args<S>& a, const CudaDevice& device, cudaStream_t stream) {
+void launch_rows_mma(const Args<S>& a, const CudaStep& step, cudaStream_t stream) {
+  static_assert(
+      FewRows::kRows == kFewRowsMma && NarrowRows::kRows == kRowsMma && WideRows::kRows == kRowsMma,
+      "row_blocks() counts them");
+  if (takes_few_rows_mma<S>(step)) {
+    const bool apart = a.incremental && a.row_blocks <= step.device.multiprocessors;
+    return launch_rows<S, FewRows>(a, apart ? 2 : 1, stream);
+  }
   // 128 columns do not fit the shared memory of the smaller chips.
-  const bool wide = a.n * a.m > 64 && sizeof(typename BankedRowsMma<S, RowsTile<128>>::Shared) <=
-                                          size_t(device.shared_bytes);
+  const bool wide = a.n * a.m > 64 && sizeof(typename BankedRowsMma<S, WideRows>::Shared) <=
+                                          size_t(step.device.shared_bytes);
   if (wide)
-    launch_rows<S, 128>(a, stream);
+    launch_rows<S, WideRows>(a, 1, stream);
   else
-    launch_rows<S, 64>(a, stream);
+    launch_rows<S, NarrowRows>(a, 1, stream);
 }
 
 template <class S, class Tile>

@@ -80,7 +80,10 @@ int row_blocks(const CudaStep& step) {
     return 2 * int(std::min<int64_t>(pairs, step.device.multiprocessors / 2));
   }
   if (takes_library<S>(step)) return int(ceil_div(rows, kRowsLibrary));
-  return int(ceil_div(rows, takes_rows_mma<S>(step) ? kRowsMma : kRowWarps * kTileRows<Acc<S>>));
+  const int of_block = takes_few_rows_mma<S>(step) ? kFewRowsMma
+                       : takes_rows_mma<S>(step)   ? kRowsMma
+                                                   : kRowWarps * kTileRows<Acc<S>>;
+  return int(ceil_div(rows, of_block));
 }
 
 template <class S>
@@ -182,13 +185,22 @@ Args<S> arrange(const CudaStep& step, Arena& arena) {
   // Nothing comes between the flags and part_max: run() clears what lies before it.
   a.part_max = arena.take<A>(splits * n);
   a.part_sum = arena.take<A>(splits * n);
-  if (has_offset_arrays<S>(step)) {
+  if (has_offset_arrays<S>(step)) {  // what the kernels that follow read
     const int64_t floats = offset_array_bytes(step) / int64_t(sizeof(float));
-    for (float** array : {&a.query_bias, &a.passage_bias, &a.query_mass, &a.passage_mass})
-      *array = arena.take<float>(floats);
     const int64_t vectors = a.with_grad ? 1 + y.offset_blocks() : 0;
-    a.query_offsets = arena.take<Bf16>(vectors * y.d);
-    a.passage_offsets = arena.take<Bf16>(vectors * y.m * y.d);
+    const bool large_rows =
+        takes_rows_sm90a<S>(step) || (takes_rows_mma<S>(step) && !takes_few_rows_mma<S>(step));
+    if (sm90a_queries) {
+      a.query_bias = arena.take<float>(floats);
+      a.query_mass = arena.take<float>(floats);
+      a.passage_offsets = arena.take<Bf16>(vectors * y.m * y.d);
+    }
+    if (sm90a_passages || (a.row_blocks > 0 && large_rows))
+      a.passage_bias = arena.take<float>(floats);
+    if (sm90a_passages) {
+      a.passage_mass = arena.take<float>(floats);
+      a.query_offsets = arena.take<Bf16>(vectors * y.d);
+    }
   }
   const int64_t sums = std::max(query_places * a.place_size(n, a.query_slice),
                                 passage_places * a.place_size(columns, a.passage_slice));
@@ -268,7 +280,7 @@ class Launcher {
     if (a_.with_grad && (a_.query_slice || a_.passage_slice))
       cudaMemsetAsync(flags, 0, reinterpret_cast<char*>(a_.part_max) - flags, stream_);
     if constexpr (sizeof(S) == 2)
-      if (a_.query_bias != nullptr) prepare();
+      if (a_.query_bias != nullptr || a_.passage_bias != nullptr) prepare();
     if (library)
       launch_library_queries<S>(a_, step_, stream_);
     else
@@ -315,7 +327,8 @@ class Launcher {
 
   void prepare() {
     const int64_t means = 1 + a_.offset_blocks, columns = int64_t(a_.n) * a_.m;
-    const int64_t tiles = bias_tiles(means * a_.m, a_.n) + bias_tiles(means, columns);
+    const int64_t tiles = (a_.query_bias ? bias_tiles(means * a_.m, a_.n) : 0) +
+                          (a_.passage_bias ? bias_tiles(means, columns) : 0);
     const auto kernel = prepare_offsets<S>;
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kOffsetBytesShared);
     kernel<<<tiles, kOffsetThreads, kOffsetBytesShared, stream_>>>(a_);
@@ -356,7 +369,7 @@ class Launcher {
   void score_rows() {
     if constexpr (sizeof(S) == 2) {
       if (takes_rows_sm90a<S>(step_)) return check(launch_rows_sm90a<S>(a_, stream_));
-      if (takes_rows_mma<S>(step_)) return launch_rows_mma<S>(a_, step_.device, stream_);
+      if (takes_rows_mma<S>(step_)) return launch_rows_mma<S>(a_, step_, stream_);
     }
     banked_rows<S, V><<<a_.row_blocks, kRowThreads, 0, stream_>>>(a_);
   }

@@ -174,13 +174,14 @@ class BiasTile {
   float* const out;
 };
 
-// Grid: the tiles of query_bias, then those of passage_bias.
+// Grid: the tiles of query_bias, then those of passage_bias; none of one that has no array.
 template <class S>
 __global__ void __launch_bounds__(kOffsetThreads) prepare_offsets(const Args<S> a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // only launched on sm_90
   extern __shared__ __align__(16) char dynamic[];
   auto& shared = *reinterpret_cast<OffsetsShared*>(dynamic);
-  const int query_tiles = int(bias_tiles((1 + a.offset_blocks) * a.m, a.n));
+  const int query_tiles =
+      a.query_bias != nullptr ? int(bias_tiles((1 + a.offset_blocks) * a.m, a.n)) : 0;
   const int tile = blockIdx.x;
   if (tile < query_tiles)
     BiasTile<S>(a, shared, true, tile).run();

@@ -48,8 +48,11 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
 }
+// As so many arrivals: one thread may come for others.
+template <int kArrivals = 1>
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "n"(kArrivals)
+               : "memory");
 }
 // Arrive, and let the phase wait for so many bytes besides.
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
@@ -83,6 +86,17 @@ __device__ __forceinline__ void store_there(uint32_t there, float a, float b, fl
       "[%5];\n" ::"r"(there),
       "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier_there)
       : "memory");
+}
+
+// Four numbers from shared memory, not before those that the program reads earlier: the compiler
+// would ask for all at once and have no registers for them.
+__device__ __forceinline__ float4 load_in_order(uint32_t from) {
+  float4 x;
+  asm volatile("ld.volatile.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(from)
+               : "memory");
+  return x;
 }
 
 // --- flags in global memory, from one thread block to another ---

@@ -1,10 +1,11 @@
 // Banked rows x local columns on tensor cores; what rows.cuh computes, for 16-bit banks.
 //
-// - A thread block owns 128 rows and walks over all columns they meet, 64 or 128 at a time: the
-//   local ones and the slots that upkeep needs. Rows and columns stream through shared memory by
-//   slices of d.
-// - Two threads a row read the tile of scores and carry the row's sums from tile to tile, so pieces
-//   and groups may begin and end anywhere.
+// - A thread block owns 128 rows, or 32 of a small bank, and walks over all columns they meet, a
+//   tile at a time: the local ones and the slots that upkeep needs. Rows and columns stream through
+//   shared memory by slices of d. Neither kind of columns needs to know of the other: where there
+//   are processors enough, each has thread blocks of its own.
+// - A few threads a row read the tile of scores and carry the row's sums from tile to tile, so
+//   pieces and groups may begin and end anywhere.
 // - Offsets: the rows of a block lie in a few runs of slots; each run has one bias a column.
 #pragma once
 
@@ -21,7 +22,7 @@ class BankedRowsMma {
   struct Shared {
     union {
       char stage[T::kStages][(T::kRows + T::kColumns) * T::kRowBytes];
-      float scores[T::kRows][T::kScoreStride];
+      float scores[T::kWarpsDeep][T::kRows][T::kScoreStride];  // apart by the warps' share of d
     };
     float bias[T::kRuns][T::kColumns];
     Run runs[T::kRuns];
@@ -35,13 +36,13 @@ class BankedRowsMma {
         warp(threadIdx.x / 32),
         lane(threadIdx.x % 32),
         first(blockIdx.x * T::kRows),
-        slot(first + threadIdx.x / 2),
+        slot(first + threadIdx.x / T::kLanes),
         valid(slot < r.fill),
-        leader(valid && threadIdx.x % 2 == 0),
+        leader(valid && threadIdx.x % T::kLanes == 0),
         positive_id(a.masked() && valid ? a.ids[int64_t(slot) * a.m] : -1) {}
 
   // The loss of the thread's row where the thread is its leader, else 0.
-  __device__ double run(bool upkeep) {
+  __device__ double meet_locals(bool upkeep) {
     const bool in_loss = a.banked_rows && valid && ring.in_window(slot);
     offsets = a.use_offsets && a.banked_rows;
     if (offsets) find_runs();
@@ -49,6 +50,11 @@ class BankedRowsMma {
     if (upkeep && valid) {
       fresh.max = a.row(kFreshMax)[slot];
       fresh.sum = a.row(kFreshSum)[slot];
+    }
+    float banked = 0, positive = 0;  // asked for early: few columns do not hide a way to memory
+    if (in_loss) {
+      banked = a.row(a.banked_columns ? kRowLse : kPositive)[slot];
+      positive = a.row(kPositive)[slot];
     }
     // The parts of the batch that land in one block of slots.
     int row = 0;
@@ -68,22 +74,40 @@ class BankedRowsMma {
       row += rows;
       return row < a.n ? piece_end() : end;
     });
-    if (upkeep) {
-      if (leader) {
-        a.row(kFreshMax)[slot] = fresh.max;
-        a.row(kFreshSum)[slot] = fresh.sum;
-      }
-      keep_groups();
+    if (upkeep && leader) {
+      a.row(kFreshMax)[slot] = fresh.max;
+      a.row(kFreshSum)[slot] = fresh.sum;
     }
     if (offsets) {
-      biased.merge_lanes(2);
+      biased.merge_lanes(T::kLanes);
       loss = biased;
     }
     if (!in_loss || !leader) return 0;
-    loss.add_lse(a.row(a.banked_columns ? kRowLse : kPositive)[slot]);
+    loss.add_lse(banked);
     const float lse = loss.value();
     a.row_lse[slot] = lse;
-    return double(lse) - double(a.row(kPositive)[slot]);
+    return double(lse) - double(positive);
+  }
+
+  // See BankedRows::keep_groups in rows.cuh.
+  __device__ void keep_groups() {
+    const Ring<S> next = ring.after();
+    const int current = next.block(), done = ring.passed_groups();
+    const int passed = next.passed_groups(), first_old = next.first_old();
+    const bool crosses = ring.crosses();
+    if (crosses)
+      keep_block(current, max(first_old, ring.next_block() == current ? done : 0), a.groups);
+    keep_block(next.next_block(), crosses ? 0 : done, passed);
+    float rest = minus_infinity<float>();
+    const int limit = min(ring.block_end(current), ring.fill);
+    const int end = min(current * a.block + (passed + 1) * a.group, limit);
+    if (passed != first_old && next.head < end)
+      columns(a.passages, next.head * a.m, end * a.m, false, end * a.m,
+              [&](const Lse<float>& group, int at) {
+                rest = group.value();
+                return at;
+              });
+    if (leader) a.row(kOldLse)[slot] = rest;
   }
 
  private:
@@ -113,11 +137,11 @@ class BankedRowsMma {
       __syncthreads();
       for (int c = tile; c < tile_end;) {
         const int stop = min(range_end, tile_end);
-        for (int x = c + threadIdx.x % 2; x < stop; x += 2)
+        for (int x = c + threadIdx.x % T::kLanes; x < stop; x += T::kLanes)
           add_column(range, x, x - tile, is_local);
         c = stop;
         if (c == range_end) {
-          range.merge_lanes(2);
+          range.merge_lanes(T::kLanes);
           range_end = on_range(range, c);
           range = Lse<float>{};
         }
@@ -127,7 +151,10 @@ class BankedRowsMma {
   }
 
   __device__ void add_column(Lse<float>& range, int x, int at, bool is_local) {
-    float s = sh.scores[threadIdx.x / 2][at] * a.scale;
+    float s = 0;
+#pragma unroll
+    for (int w = 0; w < T::kWarpsDeep; ++w) s += sh.scores[w][threadIdx.x / T::kLanes][at];
+    s *= a.scale;
     if (positive_id != -1) {
       const int64_t id = is_local ? a.local_ids[x] : a.ids[x];
       if (id == positive_id && (is_local || x != slot * a.m)) return;
@@ -162,7 +189,8 @@ class BankedRowsMma {
     float acc[MT][NT][4] = {};
     const int slices = (a.d + T::kSlice - 1) / T::kSlice;
     const int warp_row = warp % T::kWarpsDown * T::kWarpRows;
-    const int warp_column = warp / T::kWarpsDown * T::kWarpColumns;
+    const int warp_column = warp / T::kWarpsDown % T::kWarpsAcross * T::kWarpColumns;
+    const int deep = warp / (T::kWarpsDown * T::kWarpsAcross);
     for (int s = 0; s < T::kStages - 1; ++s) {
       if (s < slices) load_slice(vectors, column, column_end, s * T::kSlice, s);
       copy_commit();
@@ -183,14 +211,15 @@ class BankedRowsMma {
                             (T::kRows + warp_column + lane / 16 * 8 + lane % 8) * T::kRowBytes +
                             lane / 8 % 2 * 16;
 #pragma unroll
-      for (int ks = 0; ks < T::kSlice / 16; ++ks) {
+      for (int step = 0; step < T::kSlice / 16 / T::kWarpsDeep; ++step) {
+        const int offset = (step * T::kWarpsDeep + deep) * 32;
         uint32_t x[MT][4], y[NT / 2][4];
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
-          load_matrices(x[mt], rows + mt * 16 * T::kRowBytes + ks * 32);
+          load_matrices(x[mt], rows + mt * 16 * T::kRowBytes + offset);
 #pragma unroll
         for (int nt = 0; nt < NT / 2; ++nt)
-          load_matrices(y[nt], cols + nt * 16 * T::kRowBytes + ks * 32);
+          load_matrices(y[nt], cols + nt * 16 * T::kRowBytes + offset);
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
@@ -207,12 +236,12 @@ class BankedRowsMma {
       for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          *reinterpret_cast<float2*>(&sh.scores[warp_row + mt * 16 + half * 8 + lane / 4]
+          *reinterpret_cast<float2*>(&sh.scores[deep][warp_row + mt * 16 + half * 8 + lane / 4]
                                                [warp_column + nt * 8 + lane % 4 * 2]) =
               make_float2(acc[mt][nt][half * 2], acc[mt][nt][half * 2 + 1]);
   }
 
-  // bias[run][column]: scores of the runs' offsets mean_now - mean_of_run; eight columns a warp.
+  // bias[run][column]: scores of the runs' offsets mean_now - mean_of_run; a few columns a warp.
   __device__ void offset_scores(int column, int column_end) {
     if (a.passage_bias != nullptr) {
       for (int i = threadIdx.x; i < run_count * T::kColumns; i += kThreads) {
@@ -229,6 +258,7 @@ class BankedRowsMma {
       const float* now = a.mean(0, 0);
       const float* then = a.mean(sh.runs[i].mean, 0);
       float dot[kEach] = {};
+#pragma unroll(kEach > 4 ? 1 : 8)  // loads in flight, where registers allow
       for (int k = lane; k < a.d; k += 32) {
         const float offset = now[k] - then[k];
 #pragma unroll
@@ -263,27 +293,6 @@ class BankedRowsMma {
     while (k < k_end) put(minus_infinity<float>());  // slots not filled yet
   }
 
-  // See BankedRows::keep_groups in rows.cuh.
-  __device__ void keep_groups() {
-    const Ring<S> next = ring.after();
-    const int current = next.block(), done = ring.passed_groups();
-    const int passed = next.passed_groups(), first_old = next.first_old();
-    const bool crosses = ring.crosses();
-    if (crosses)
-      keep_block(current, max(first_old, ring.next_block() == current ? done : 0), a.groups);
-    keep_block(next.next_block(), crosses ? 0 : done, passed);
-    float rest = minus_infinity<float>();
-    const int limit = min(ring.block_end(current), ring.fill);
-    const int end = min(current * a.block + (passed + 1) * a.group, limit);
-    if (passed != first_old && next.head < end)
-      columns(a.passages, next.head * a.m, end * a.m, false, end * a.m,
-              [&](const Lse<float>& group, int at) {
-                rest = group.value();
-                return at;
-              });
-    if (leader) a.row(kOldLse)[slot] = rest;
-  }
-
   const Args<S>& a;
   const Ring<S>& ring;
   Shared& sh;
@@ -295,18 +304,23 @@ class BankedRowsMma {
   Lse<float> biased;
 };
 
-// Grid (row_blocks).
-template <class S, int kColumns>
+// Grid (row_blocks, 1): all columns; or (row_blocks, 2): local columns, and what upkeep needs.
+template <class S, class T>
 __global__ void __launch_bounds__(kThreads, 2) banked_rows_mma(const Args<S> a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // earlier GPUs take rows.cuh
   extern __shared__ __align__(16) char dynamic[];
-  using Rows = BankedRowsMma<S, RowsTile<kColumns>>;
+  using Rows = BankedRowsMma<S, T>;
   auto& shared = *reinterpret_cast<typename Rows::Shared*>(dynamic);
   const Ring<S> ring(a, a.position);
   const bool upkeep = a.incremental && batch_is_finite(a);
+  const bool locals = blockIdx.y == 0, keeps = upkeep && blockIdx.y + 1 == gridDim.y;
   double loss = 0;
-  if (int(blockIdx.x) * RowsTile<kColumns>::kRows < ring.fill && (upkeep || a.banked_rows))
-    loss = Rows(a, ring, shared).run(upkeep);
+  if (int(blockIdx.x) * T::kRows < ring.fill) {
+    Rows rows(a, ring, shared);
+    if (locals && (upkeep || a.banked_rows)) loss = rows.meet_locals(upkeep);
+    if (keeps) rows.keep_groups();
+  }
+  if (!locals) return;
   loss = warp_sum(loss);
   if (threadIdx.x % 32 == 0) shared.losses[threadIdx.x / 32] = loss;
   __syncthreads();

@@ -1,7 +1,8 @@
 // What one split of a streaming pass reads, in tiles for attend_sm90a.cuh: its share of the local
 // vectors, then its share of the bank. A tile is at most kBoxRows slots of one kind of passage; it
-// never crosses a multiple of kBoxRows, a run or a unit, so it has one offset. Behind tiles whose
-// offsets follow each other in memory comes a tile of those offsets.
+// never crosses a multiple of kBoxRows, a run or a unit, so it has one offset. Tiles whose offsets
+// follow each other in memory are followed by a tile of those offsets: at the latest behind the
+// first tile whose offset does not, so that no tile has to be known before its turn.
 #pragma once
 
 #include "ring.cuh"
@@ -13,8 +14,8 @@ struct SlotTile {
   int slot, count, kind;  // offsets: the first, and how many
   int offset;             // theirs, as a row of passage_offsets or query_offsets; -1 without
   int unit;
-  bool local, in_loss, for_table;
-  bool offsets;  // no slots
+  bool local : 1, in_loss : 1, for_table : 1;
+  bool offsets : 1;  // no slots
 };
 
 // What the first lane of a warp has.
@@ -41,8 +42,9 @@ class SlotWalk {
       : a(args), ring(r) {
     const int64_t local_tiles = (a.n + kBoxRows - 1) / kBoxRows;
     // Rounded up: the bank's shares, rounded down, are small where these are not.
-    local_begin = int((local_tiles * split + splits - 1) / splits) * kBoxRows;
-    local_end = min(int((local_tiles * (split + 1) + splits - 1) / splits) * kBoxRows, a.n);
+    at = run_begin = int((local_tiles * split + splits - 1) / splits) * kBoxRows;
+    run_end = min(int((local_tiles * (split + 1) + splits - 1) / splits) * kBoxRows, a.n);
+    slots.local = slots.in_loss = true;
     if constexpr (kQuerySide) {
       const int64_t units = a.blocks * a.parts;
       last_unit = int(units * (split + 1) / splits);
@@ -56,39 +58,49 @@ class SlotWalk {
 
   // Whether there is another tile.
   __device__ bool next() {
-    if (!ahead) {
-      ahead = true;
-      more = next_slots();
+    if (offsets_next) closed_count = 0;  // given
+    offsets_next = false;
+    if (closed_count == 0) {
+      if (next_slots()) {
+        add_offset();
+        return true;
+      }
+      close_offsets();
     }
-    const bool has_offset = more && slots.offset >= 0 && a.with_grad;
-    if (offset_count > 0 &&
-        !(has_offset && offset_count < kBoxRows && slots.offset == first_offset + offset_count)) {
-      tile = {first_offset, offset_count, 0, -1, tile.unit, false, true, false, true};
-      offset_count = 0;
-      return true;
-    }
-    if (!more) return false;
-    if (has_offset && offset_count++ == 0) first_offset = slots.offset;
-    return take();
+    offsets_next = true;
+    return closed_count > 0;
   }
-
-  SlotTile tile{};
+  // The tile that next() has found.
+  __device__ SlotTile tile() const {
+    if (offsets_next) return {closed_first, closed_count, 0, -1, 0, false, true, false, true};
+    return slots;
+  }
 
  private:
-  __device__ bool take() {
-    tile = slots;
-    ahead = false;
-    return true;
+  __device__ void add_offset() {
+    if (slots.offset < 0 || !a.with_grad) return;
+    if (offset_count == kBoxRows ||
+        (offset_count > 0 && slots.offset != first_offset + offset_count))
+      close_offsets();
+    if (offset_count++ == 0) first_offset = slots.offset;
+  }
+  __device__ void close_offsets() {
+    closed_first = first_offset;
+    closed_count = offset_count;
+    offset_count = 0;
   }
 
-  // The next tile of slots.
+  // The next tile of slots; none again once there is none.
   __device__ bool next_slots() {
     while (at >= run_end) {
       if (run_begin < run_end && ++slots.kind < kinds()) {
         at = run_begin;
       } else {
         slots.kind = 0;
-        if (!next_run()) return false;
+        if (!next_run()) {
+          run_begin = run_end;
+          return false;
+        }
       }
     }
     slots.slot = at;
@@ -100,13 +112,6 @@ class SlotWalk {
   __device__ int kinds() const { return kQuerySide ? int(a.m) : 1; }
 
   __device__ bool next_run() {
-    if (!past_locals) {
-      past_locals = true;
-      at = run_begin = local_begin;
-      run_end = local_end;
-      slots.local = slots.in_loss = true;
-      return true;
-    }
     slots.local = false;
     while (slot >= slot_end) {
       if (!kQuerySide || ++slots.unit >= last_unit) return false;
@@ -129,12 +134,12 @@ class SlotWalk {
 
   const Args<S>& a;
   const Ring<S>& ring;
-  SlotTile slots{};  // read ahead of `tile`
-  bool ahead = false, more = false, past_locals = false;
+  SlotTile slots{};
+  bool offsets_next = false;               // the tile is closed_count offsets from closed_first on
   int first_offset = 0, offset_count = 0;  // of tiles already given
-  int mean = -1;                           // of the run
+  int closed_first = 0, closed_count = 0;
+  int mean = -1;  // of the run
   int last_unit = 0;
-  int local_begin, local_end;
   int slot = 0, slot_end = 0;
   int at = 0, run_begin = 0, run_end = 0;
 };

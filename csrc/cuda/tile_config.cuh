@@ -32,22 +32,29 @@ struct MmaTile {
 };
 
 // Banked rows against columns: a plain product with both operands streamed by slices of d. More
-// columns at once read the bank's rows less often; fewer waste less on a small batch.
-template <int kColumns_>
+// columns at once read the bank's rows less often; fewer waste less on a small batch. Where rows
+// are few too, eight slices in flight hide the way to memory, and warps share d.
+template <int kRows_, int kColumns_, int kStages_>
 struct RowsTile {
-  static constexpr int kRows = 128, kColumns = kColumns_;
-  static constexpr int kWarpRows =
-      32;  // 64 registers of sums a thread with 128 columns: two thread
-  static constexpr int kWarpColumns = kColumns / 2;  // blocks share a processor, so that one
-                                                     // multiplies while the other sums
+  static constexpr int kRows = kRows_, kColumns = kColumns_;
+  static constexpr int kStages = kStages_;  // 128 by 128: 108 KiB, half of what a processor has
+  // 64 registers of sums a thread with 128 by 128: two thread blocks share a processor, so that one
+  // multiplies while the other sums.
+  static constexpr int kWarpRows = kRows >= 128 ? 32 : 16, kWarpColumns = kColumns / 2;
+  static constexpr int kWarpsDown = kRows / kWarpRows, kWarpsAcross = kColumns / kWarpColumns;
+  static constexpr int kWarpsDeep = kWarps / (kWarpsDown * kWarpsAcross);
   static constexpr int kSlice = 64, kRowBytes = 2 * kSlice + 16;  // odd, in 16-byte units
-  static constexpr int kStages = 3;                  // 108 KiB: twice that is what a processor has
-  static constexpr int kScoreStride = kColumns + 2;  // two threads a row: distinct banks
-  static constexpr int kMinOffsetBlock = 32;         // fewer slots: more runs than kRuns
-  static constexpr int kRuns = kRows / kMinOffsetBlock + 2;
-  static constexpr int kWarpsDown = kRows / kWarpRows;
-  static_assert(kWarpsDown * (kColumns / kWarpColumns) == kWarps, "a part for each warp");
+  static constexpr int kLanes = kThreads / kRows;                 // threads of a row
+  static constexpr int kScoreStride = kColumns + kLanes;  // what a warp reads: distinct banks
+  static constexpr int kMinOffsetBlock = 32;              // fewer slots: more runs than kRuns
+  static constexpr int kRuns = (kRows + kMinOffsetBlock - 1) / kMinOffsetBlock + 2;
+  static_assert(kWarpsDown * kWarpsAcross * kWarpsDeep == kWarps, "a share for each warp");
+  static_assert(kSlice / 16 % kWarpsDeep == 0 && kWarpColumns % 16 == 0, "whole loads of matrices");
+  static_assert(kLanes <= 32 && kColumns % 32 == 0, "a row's threads belong to one warp");
 };
+using FewRows = RowsTile<32, 32, 8>;  // 73 KiB: two thread blocks a processor, one on sm_86
+using NarrowRows = RowsTile<128, 64, 3>;
+using WideRows = RowsTile<128, 128, 3>;
 
 // New rows against columns of a block, for the table: RowsTile's product. Where rows and columns
 // are few, eight slices in flight hide the way to memory, and warps share d, or their chains of
@@ -87,10 +94,17 @@ struct HopperTile {
   static constexpr int kBoxBytes = 64 * 64 * 2;
   static constexpr int kOperandBytes = kColumns * kBoxBytes;
   static constexpr int kWeightBytes = 64 * 64 * 2;
-  // Of a thread. Together 512: four times the 128 that 512 threads begin with.
-  static constexpr int kSumRegisters = kSums > 3 ? 160 : 128;
-  static constexpr int kCopyRegisters = kSums > 3 ? 40 : 48;
-  static constexpr int kScoreRegisters = 512 - 2 * kSumRegisters - kCopyRegisters;
+};
+
+// Registers of a thread, by what its warpgroup does. Together 512: four times the 128 that 512
+// threads begin with. 96 sums and what adds two splits' want 136, the walk over tiles 56; the 184
+// that are left are enough to score. On the query side with offsets they are not: biases and
+// another 16 sums come to what the others miss least, as a spill there is one of every tile's.
+template <class T, bool kQueriesWithOffsets>
+struct HopperRegisters {
+  static constexpr int kSum = T::kSums > 3 ? 160 : kQueriesWithOffsets ? 128 : 136;
+  static constexpr int kCopy = T::kSums > 3 || kQueriesWithOffsets ? 40 : 56;
+  static constexpr int kScore = 512 - 2 * kSum - kCopy;
 };
 
 // Calls f with the tile for vectors of d elements.

@@ -78,9 +78,7 @@ class WeighHopper {
       if (more) send_scores(i + 1, s);
     }
     claim(i);
-    if (thread == 0) sh.order[i % 2] = Order::stop;
-    __syncwarp();
-    if (lane < 4) barrier_arrive(at(sh.weights_full[i % 2]));
+    hand_over(i % 2, Order::stop);
     if (kQuerySide) {
       close_units(last_unit);
       store_sums();
@@ -204,11 +202,16 @@ class WeighHopper {
                       : raised                   ? Order::rescale_and_add
                                                  : Order::add);
   }
+  // Products are all that reads weights: four lanes come for their warp, those that may have set
+  // `shrink`. Where others fill a buffer that every lane has written, every lane comes, or
+  // racecheck could not follow.
   __device__ __forceinline__ void hand_over(int buffer, Order order) {
     if (thread == 0) sh.order[buffer] = order;
     fence_for_products();
+    const uint32_t full = at(sh.weights_full[buffer]);
+    if (order == Order::add_offsets) return barrier_arrive(full);
     __syncwarp();
-    if (lane < 4) barrier_arrive(at(sh.weights_full[buffer]));  // those that may have set `shrink`
+    if (lane < 4) barrier_arrive<8>(full);
   }
 
   // Query side: weights, and what they add to the sums. True if the loss's references had to be
@@ -218,7 +221,7 @@ class WeighHopper {
                                                float (&s)[kScores], float scale,
                                                float (&w)[kScores], int buffer) {
     const bool biased = use_offsets() && t.offset >= 0;
-    bool far = biased && t.for_table && is_far(p), apart = use_offsets() && !t.in_loss,
+    bool far = biased && t.for_table && p.is_far(), apart = use_offsets() && !t.in_loss,
          raised = false;
     relate(0, s, scale, p, w);
     if (named_any<T::kGroup>(1, far || apart || is_too_large(w))) {
@@ -250,13 +253,6 @@ class WeighHopper {
       unit_sum[2 * j + 1] += (w[4 * j + 1] + w[4 * j + 3]) * exp2_(-p.bias[j].y);
     }
     return raised;
-  }
-  __device__ __forceinline__ static bool is_far(const Needed& p) {
-    constexpr float kSafe = 32;
-    bool far = false;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) far |= !(p.bias[j].x > -kSafe) || !(p.bias[j].y > -kSafe);
-    return far;
   }
   // Into the unit's sum, with references of its own.
   __device__ __forceinline__ void sum_for_table(const float (&w)[kScores]) {
