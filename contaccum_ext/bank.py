@@ -140,14 +140,15 @@ class DualMemoryBank(nn.Module):
 
     def query_offsets(self) -> Tensor:
         """(F, d) what is added to banked queries where they meet local passages."""
-        return self._offsets()[:, 0]
+        return self.offsets(self.slots())[:, 0]
 
     def passage_offsets(self) -> Tensor:
         """(F, m, d) what is added to banked passages where they meet local queries."""
-        return self._offsets()[:, 1:]
+        return self.offsets(self.slots())[:, 1:]
 
-    def _offsets(self) -> Tensor:
-        slots, head, width = self.slots(), int(self.cursor[0]), self.layout.offset_block
+    def offsets(self, slots: Tensor) -> Tensor:
+        """(S, 1 + m, d) both of the filled ring positions slots (S,), queries first."""
+        head, width = int(self.cursor[0]), self.layout.offset_block
         block = slots // width
         # What head has yet to overwrite in its offset block is a lap older than the rest of it.
         older = (slots >= head) & (block == head // width) & (head % width != 0)
@@ -250,8 +251,7 @@ class DualMemoryBank(nn.Module):
 
     def _identity(self) -> tuple[int, ...]:
         """What must be the same for a state to mean the same, beside the buffers' shapes."""
-        table = self.layout
-        return (_DRIFT.index(self.drift), table.group, table.offset_block, table.block)
+        return (_DRIFT.index(self.drift), *vars(self.layout).values())
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take the state (9,) that ``get_extra_state`` gave."""
