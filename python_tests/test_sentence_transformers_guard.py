@@ -39,8 +39,8 @@ OPTIONS = {"drift": "transport", "drift_probes": 8, "drift_ridge": 0.2}
 
 
 @pytest.fixture
-def model(two_layers):
-    return load(two_layers).double().train()
+def model(two_layers, device):
+    return load(two_layers, device).double().train()
 
 
 def error_of(loss, before, after) -> float:
