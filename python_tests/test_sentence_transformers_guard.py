@@ -95,16 +95,17 @@ def test_each_size_of_embedding_has_a_window_of_its_own(model):
 
 
 def test_a_bank_that_nothing_was_written_to_ages_with_the_others(model):
+    """A data set of pairs, then batches of triplets alone."""
     loss = make("plain", model, bank_size=36)
     learn(loss, batch(model, 12, 0))
-    learn(loss, batch(model, 12, 1), optimizer(model))
-    for first in (12, 24, 12):
+    found = []
+    for first in (0, 12, 24, 12, 0):
         learn(loss, batch(model, 12, 1, first), optimizer(model))
-    learn(loss, batch(model, 3, 1))
-    resting, written = (loss.memory.staleness[name] for name in ("16x1", "16x2"))
-    assert resting.staleness > 0
-    assert len(resting.bank) == 12 and resting.within_limit() in (None, 12)
-    assert len(written.bank) == 36
+        found.append(loss.memory.staleness["16x1"].staleness)
+    resting = loss.memory.staleness["16x1"]
+    assert found[0] == 0
+    assert all(later > earlier for earlier, later in itertools.pairwise(found))
+    assert len(resting.bank) == 12 and resting.within_limit() == 12
 
 
 def test_a_resumed_run_has_the_window_of_the_uninterrupted_one(two_layers, tmp_path):
