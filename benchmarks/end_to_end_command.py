@@ -23,7 +23,9 @@ def add(commands) -> None:
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory")
     parser.add_argument("--layers", type=positive, help="keep only the first layers of the model")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
-    parser.add_argument("--methods", type=names, help="a,b,...: some of them; default all")
+    parser.add_argument(
+        "--methods", type=names, help="a,b,...; default all; a wrong name tells them"
+    )
     parser.add_argument("--updates", type=positive, help="default: one pass over the data")
     for name, default, what in (("n", 8, "queries"), ("accumulation", 16, "micro-batches")):
         says = f"{what} per {'update' if name != 'n' else 'micro-batch'}; default {default}"
