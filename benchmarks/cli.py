@@ -7,13 +7,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import op_command, step_command
+from benchmarks import end_to_end_command, op_command, step_command
 from benchmarks.plot import scaling_plot
 
 _DESCRIPTION = """\
 Time and memory of one training step's loss (forward, backward and enqueue) against the size of the
-bank, beside the ways to do it without this package and beside what the machine can do at best; and
-what a bank adds to a whole training step.
+bank, beside the ways to do it without this package and beside what the machine can do at best;
+what a bank adds to a whole training step; and what all of it comes to, from data to NDCG@10.
 """
 _EXAMPLES = """\
 examples:
@@ -33,6 +33,10 @@ examples:
       a training step of two BERT-base encoders with banks up to 64k
   python -m benchmarks step --layers 2 --hidden 64 --heads 2 --banks 0,256 --rounds 3
       the same, tiny, on the CPU
+  python -m benchmarks end-to-end --data DATA --model MODEL --layers 2 --device cuda
+      both integrations, with and without banks, one pass over the data each
+  python -m benchmarks end-to-end --data DATA --model MODEL --methods st-mnrl --updates 10
+      a first look at one of them
   python -m benchmarks scaling-plot RESULT.csv
       draw what was measured
 
@@ -63,7 +67,12 @@ def _run_plot(args: argparse.Namespace, _command: list[str]) -> int:
 
 
 # A kind of run is one entry here and its modules beside this one.
-COMMANDS: tuple[Callable, ...] = (op_command.add, step_command.add, _add_plot)
+COMMANDS: tuple[Callable, ...] = (
+    op_command.add,
+    step_command.add,
+    end_to_end_command.add,
+    _add_plot,
+)
 
 
 def recorded(arguments: list[str]) -> list[str]:

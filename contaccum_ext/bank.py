@@ -140,14 +140,15 @@ class DualMemoryBank(nn.Module):
 
     def query_offsets(self) -> Tensor:
         """(F, d) what is added to banked queries where they meet local passages."""
-        return self._offsets()[:, 0]
+        return self.offsets(self.slots())[:, 0]
 
     def passage_offsets(self) -> Tensor:
         """(F, m, d) what is added to banked passages where they meet local queries."""
-        return self._offsets()[:, 1:]
+        return self.offsets(self.slots())[:, 1:]
 
-    def _offsets(self) -> Tensor:
-        row = self.layout.mean_rows(self.capacity, self.slots(), self.cursor[0])
+    def offsets(self, slots: Tensor) -> Tensor:
+        """(S, 1 + m, d) both of the filled ring positions slots (S,), queries first."""
+        row = self.layout.mean_rows(self.capacity, slots, self.cursor[0])
         return self.means[0] - self.means[row]
 
     @torch.no_grad()
@@ -246,8 +247,7 @@ class DualMemoryBank(nn.Module):
 
     def _identity(self) -> tuple[int, ...]:
         """What must be the same for a state to mean the same, beside the buffers' shapes."""
-        table = self.layout
-        return (_DRIFT.index(self.drift), table.group, table.offset_block, table.block)
+        return (_DRIFT.index(self.drift), *vars(self.layout).values())
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take the state (9,) that ``get_extra_state`` gave."""

@@ -96,6 +96,28 @@ class BankLayout:
             count += min(self.block, capacity - b * self.block)
         return count
 
+    def window_within(self, capacity: int, head: int, most: int, least: int) -> int | None:
+        """The window that has `least` newest slots and, if blocks allow, no more than `most`.
+
+        Args:
+            capacity: slots of the bank.
+            head: where the next write goes.
+            most: slots that may be in use; one whole block always is.
+            least: slots that must be, even where these are more.
+
+        Returns:
+            What to set as the bank's window; None for every slot.
+        """
+        current, count = head // self.block, head % self.block
+        for age in range(1, self.blocks(capacity)):
+            b = (current - age) % self.blocks(capacity)
+            size = min(self.block, capacity - b * self.block)
+            if age > 1 and count >= least and count + size > most:
+                return (age - 1) * self.block
+            count += size
+        whole = (self.blocks(capacity) - 1) * self.block
+        return whole if whole and most < capacity and count >= least else None
+
     def buffers(
         self, capacity: int, m: int, dim: int, dtype: torch.dtype
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

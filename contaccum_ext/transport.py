@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from contaccum_ext import validation
 from contaccum_ext.bank import DualMemoryBank
+from contaccum_ext.staleness import SlotStaleness
 
 _CHUNK = 1 << 16  # slots moved at once: bounds the memory beside the bank
 
@@ -226,15 +227,13 @@ class BankTransport:
         limit: float | None = None,
     ) -> None:
         self.bank, self.ridge, self.normalize = bank, ridge, normalize
-        self.limit = None if limit is None else validation.positive("limit", limit)
+        self._slots = SlotStaleness(bank, limit)
         self._last: tuple[Tensor, Tensor] | None = None
-        self._head = 0
-        self._written: list[int] = []  # slots, by updates, the last first
-        self._stale: list[float] = []  # theirs
 
     def __call__(self, queries: Tensor, passages: Tensor) -> None:
         """Take the probes as they are now: queries (R, d), passages (R', d) or (R', m, d)."""
         now = (queries.detach().clone(), passages.detach().clone())
+        self._slots.note_written()
         if self._last is not None:
             (old_queries, old_passages), (new_queries, new_passages) = self._last, now
             error = transport(
@@ -246,45 +245,30 @@ class BankTransport:
                 ridge=self.ridge,
                 normalize=self.normalize,
             )
-            self._age(float(error))
-        self._head = int(self.bank.cursor[0])
+            self._slots.age(float(error))
         self._last = now
 
     @property
     def staleness(self) -> float:
         """Of the oldest slot in use, in spreads of fresh vectors; 0 before the first step."""
-        used = [s for s in self._stale if self.limit is None or s <= self.limit]
-        return max(used, default=self._stale[0] if self._stale else 0.0)
+        return self._slots.staleness
 
-    def _age(self, error: float) -> None:
-        bank = self.bank
-        # A full lap leaves head where it was; so does an update that wrote nothing.
-        written = (int(bank.cursor[0]) - self._head) % bank.capacity or bank.capacity
-        self._written.insert(0, min(written, len(bank)))
-        self._stale = [s + error for s in [0.0, *self._stale]]
-        while sum(self._written[:-1]) >= bank.capacity:
-            self._written.pop()
-            self._stale.pop()
-        if self.limit is None:
-            return
-        fresh = [
-            w
-            for w, s in zip(self._written, self._stale, strict=True)
-            if s <= self.limit or s == self._stale[0]  # what the last update wrote, at least
-        ]
-        window = sum(fresh)
-        bank.window = window if window < bank.capacity else None
+    def within_limit(self) -> int | None:
+        """Newest slots that are not too stale for the limit; None if all of them are fresh enough.
+
+        The bank's window is that, in whole blocks of its layout: one at least.
+        """
+        return self._slots.within_limit()
 
     def state_dict(self) -> dict[str, Any]:
         """The probes' last vectors and the bank's staleness."""
         if self._last is None:
             return {}
-        ages = {"head": self._head, "written": self._written[:], "stale": self._stale[:]}
-        return {"queries": self._last[0], "passages": self._last[1], **ages}
+        queries, passages = self._last
+        return {"queries": queries, "passages": passages, "slots": self._slots.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what ``state_dict`` gave."""
         device = self.bank.cursor.device
         self._last = (state["queries"].to(device), state["passages"].to(device)) if state else None
-        self._head = state.get("head", 0)
-        self._written, self._stale = state.get("written", [])[:], state.get("stale", [])[:]
+        self._slots.load_state_dict(state.get("slots", {}))

@@ -31,6 +31,25 @@ def test_the_effective_window_is_whole_blocks_and_at_least_what_was_asked(
     assert layout.effective_window(capacity, head, None) == capacity
 
 
+@given(
+    layout=layouts,
+    capacity=st.integers(1, 60),
+    head=st.integers(0, 59),
+    most=st.integers(0, 70),
+    least=st.integers(0, 70),
+)
+def test_a_window_within_a_number_of_slots_is_the_largest_that_has_the_least(
+    layout, capacity, head, most, least
+):
+    """As many whole blocks as fit into `most`, and before that as many as `least` needs; one."""
+    head, most, least = head % capacity, max(most, least), min(most, least)
+    windows = [w * layout.block for w in range(1, layout.blocks(capacity))] + [None]
+    used = {w: layout.effective_window(capacity, head, w) for w in windows}
+    enough = [w for w in windows if used[w] >= min(least, capacity)]
+    fitting = [w for w in enough if used[w] <= most]
+    assert layout.window_within(capacity, head, most, least) == (fitting or enough[:1])[-1]
+
+
 @given(capacity=st.integers(1, 2**22))
 def test_the_default_layout_keeps_the_table_small(capacity):
     """Both parts of the table together stay below 600 entries a row up to four million slots."""

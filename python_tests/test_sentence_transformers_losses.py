@@ -32,9 +32,9 @@ from contaccum_ext.integrations.sentence_transformers import CachedContAccumLoss
 
 
 @pytest.fixture(scope="module")
-def model(start) -> SentenceTransformer:
+def model(start, device) -> SentenceTransformer:
     """In float64: what then differs is the method, not the rounding."""
-    return load(start).double().train()
+    return load(start, device).double().train()
 
 
 @pytest.mark.parametrize("kind", PAIRS)
@@ -55,8 +55,8 @@ def test_without_a_bank_it_is_the_loss_it_replaces(
     assert_same(got, expected)
 
 
-def test_without_a_bank_single_precision_agrees_to_1e_6(start):
-    model = load(start).train()
+def test_without_a_bank_single_precision_agrees_to_1e_6(start, device):
+    model = load(start, device).train()
     expected = step(MultipleNegativesRankingLoss(model), batch(model, 8, 2))
     got = step(ContAccumLoss(model, bank_size=0), batch(model, 8, 2))
     assert got[0].dtype == torch.float32
@@ -85,8 +85,8 @@ def test_evaluation_is_the_replaced_loss_and_leaves_the_bank_alone(model, kind, 
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-def test_texts_truncated_to_the_same_tokens_count_as_the_same(model, start):
-    short = load(start).double().train()
+def test_texts_truncated_to_the_same_tokens_count_as_the_same(model, start, device):
+    short = load(start, device).double().train()
     short.max_seq_length = 8
     columns = rows(2)
     columns["positive"] = ["one river crosses the glacier " * 3 + end for end in ("no 1", "no 2")]
@@ -124,9 +124,9 @@ def test_asymmetric_encoders(start, kind):
     )
 
 
-def test_gradient_caching_replays_dropout(two_layers):
+def test_gradient_caching_replays_dropout(two_layers, device):
     """With dropout on, the second encoding must draw what the first drew: else gradients differ."""
-    model = load(two_layers).double().train()
+    model = load(two_layers, device).double().train()
     found = []
     for make in (CachedMultipleNegativesRankingLoss, CachedContAccumLoss):
         options = {} if make is CachedMultipleNegativesRankingLoss else {"bank_size": 0}
@@ -146,9 +146,9 @@ def test_gradient_caching_does_not_depend_on_the_mini_batch(model):
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
-def test_half_precision_embeddings_are_scored_in_single_precision(start, kind):
+def test_half_precision_embeddings_are_scored_in_single_precision(start, kind, device):
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[kind]
-    model = load(start).to(dtype).train()
+    model = load(start, device).to(dtype).train()
     loss = ContAccumLoss(model, bank_size=8)
     embeddings = [model(column)["sentence_embedding"].float() for column in batch(model, 4)]
     theirs = MultipleNegativesRankingLoss(model).compute_loss_from_embeddings(embeddings, None)
@@ -160,9 +160,9 @@ def test_half_precision_embeddings_are_scored_in_single_precision(start, kind):
     assert loss.memory.banks["16x1"].dtype == torch.float32
 
 
-def test_autocast_around_model_and_loss(start):
-    model = load(start).train()
-    with torch.autocast("cpu", torch.bfloat16):
+def test_autocast_around_model_and_loss(start, device):
+    model = load(start, device).train()
+    with torch.autocast(device, torch.bfloat16):
         theirs = MultipleNegativesRankingLoss(model)(batch(model, 4), None)
         ours = ContAccumLoss(model, bank_size=0)(batch(model, 4), None)
     # Theirs are scores up to 20, rounded to bfloat16 as a product and when scaled, by 2**-9 each;
@@ -170,7 +170,7 @@ def test_autocast_around_model_and_loss(start):
     allowed = 2 * 2 * 20 * 2**-9 + 8 * 2**-9
     torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=allowed)
     exact = MultipleNegativesRankingLoss(model)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         embeddings = [model(column)["sentence_embedding"] for column in batch(model, 4)]
     expected = exact.compute_loss_from_embeddings(embeddings, None)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=0)

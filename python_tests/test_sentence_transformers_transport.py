@@ -28,9 +28,9 @@ from contaccum_ext.integrations.sentence_transformers import ContAccumLoss
 
 
 @pytest.fixture
-def model(two_layers):
+def model(two_layers, device):
     """With dropout, in float64: what then differs is the method, not the rounding."""
-    return load(two_layers).double().train()
+    return load(two_layers, device).double().train()
 
 
 @pytest.mark.parametrize("kind", PAIRS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 from typing import ClassVar
 
 import pytest
@@ -14,7 +15,8 @@ from tiny_retriever import tiny_dataset
 from trainer_parts import make_trainer
 
 from contaccum_ext import DualMemoryBank, contaccum_loss
-from contaccum_ext.training import ConfigError
+from contaccum_ext.drift_signs import ScoreShift, score_shift
+from contaccum_ext.training import ConfigError, scoring
 from contaccum_ext.training.diagnostics import BankAges, look
 
 
@@ -99,6 +101,30 @@ def test_metrics_tell_them_at_the_wanted_updates(start, tmp_path, method):
     assert last.mass_local + sum(last.mass_by_age) == pytest.approx(1, abs=1e-5)
     assert min(last.mass_by_age[1:]) > 0
     assert all(metrics.peak_memory > 10 for metrics in history)
+
+
+@pytest.mark.parametrize("method", ["contaccum", "gradcache_contaccum"])
+def test_metrics_tell_how_old_slots_are_scored_beside_new_ones(start, tmp_path, method):
+    settings = {"method": method, "bank_size": 20, "diagnostics_every": 2}
+    trainer = make_trainer(start, tmp_path, **settings)
+    history = [trainer.update() for _ in range(4)]
+    # Behind the update, before the step: two updates of 8, then 20 slots.
+    shift = score_shift(trainer.method.bank, 8)
+    assert (history[3].bank_score_gap, history[3].bank_score_spread) == (shift.gap, shift.spread)
+    assert [metrics.bank_score_gap is None for metrics in history] == [True, False, True, False]
+    queries_alone = make_trainer(start, tmp_path, bank_passage=False, **settings)
+    assert [queries_alone.update().bank_score_gap for _ in range(2)] == [None, None]
+
+
+def test_a_sign_that_stays_is_warned_of_once(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "score_shift", lambda *_: ScoreShift(1.0, 1.0))
+    trainer = make_trainer(start, tmp_path, drift="mean", diagnostics_every=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(10):
+            trainer.update()
+    (said,) = [str(w.message) for w in caught if "looks in a row" in str(w.message)]
+    assert said.startswith("update 6: 3 looks in a row have found old banked passages scored")
 
 
 def test_what_the_loss_does_not_see_is_not_counted(start, tmp_path):

@@ -127,3 +127,28 @@ def test_an_automatic_correction_follows_only_a_bank_of_many_updates(two_towers,
 def test_means_lag_by_updates_not_by_micro_batches(two_towers, tmp_path, method, decay):
     trainer = make_trainer(two_towers, tmp_path, method=method, drift="mean")
     assert trainer.method.bank.drift_decay == pytest.approx(decay)  # K = 2, or all at once
+
+
+def test_a_bank_that_is_cleared_holds_nothing_older_than_its_update(two_towers, tmp_path):
+    settings = SETTINGS | {"learning_rate": 0.05, "bank_size": 200, "drift_limit": 1e3}
+    cleared, kept = (
+        make_trainer(two_towers, tmp_path, epochs=3, clear_bank_every_update=clear, **settings)
+        for clear in (True, False)
+    )
+    # 40 queries in updates of 8; the learning rate falls to nothing.
+    ours, theirs = ([t.update().bank_staleness for _ in range(15)] for t in (cleared, kept))
+    assert ours[-1] < 0.1 * max(ours)
+    assert theirs == sorted(theirs)
+
+
+def test_a_window_of_the_last_updates_is_warned_of_once_in_words(two_towers, tmp_path):
+    settings = SETTINGS | {"learning_rate": 0.3, "bank_size": 200, "drift_limit": 0.05}
+    trainer = make_trainer(two_towers, tmp_path, epochs=5, **settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(15):
+            trainer.update()
+    (said,) = [str(w.message) for w in caught if "model's speed" in str(w.message)]
+    # Blocks have 40 slots: with 80 the bank has one that may be left out.
+    assert said.startswith("update 10: bank_size 200 is more than the model's speed allows")
+    assert "only the newest 40 of 80 are used" in said

@@ -51,9 +51,9 @@ def rows(count: int = 40, negatives: int = 0) -> dict[str, list[str]]:
     return columns
 
 
-def load(directory: Path) -> SentenceTransformer:
-    """The encoder in a directory with mean pooling, on the CPU."""
-    return SentenceTransformer(str(directory), device="cpu", local_files_only=True)
+def load(directory: Path, device: str = "cpu") -> SentenceTransformer:
+    """The encoder in a directory with mean pooling."""
+    return SentenceTransformer(str(directory), device=device, local_files_only=True)
 
 
 def asymmetric(directory: Path) -> SentenceTransformer:
@@ -67,8 +67,12 @@ def asymmetric(directory: Path) -> SentenceTransformer:
 
 
 def features(model: SentenceTransformer, columns: dict[str, list[str]], **options) -> list[dict]:
-    """What the data collator hands to a loss."""
-    return [model.preprocess(texts, **options) for texts in columns.values()]
+    """What the data collator hands to a loss, on the model's device as by the Trainer."""
+    made = [model.preprocess(texts, **options) for texts in columns.values()]
+    return [
+        {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in column.items()}
+        for column in made
+    ]
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -146,14 +150,14 @@ def arguments(output: Path, **changes) -> SentenceTransformerTrainingArguments:
     return SentenceTransformerTrainingArguments(**(settings | changes))
 
 
-def trainer(start, output, make_loss, callback=True, data=None, **changes):
+def trainer(start, output, make_loss, callback=True, data=None, device="cpu", **changes):
     """`make_loss` maps a model to a loss; `callback` a loss to one, True for the usual one."""
-    model = load(start)
+    model = load(start, device)
     loss = make_loss(model)
     make_callback = ContAccumCallback if callback is True else callback
     return SentenceTransformerTrainer(
         model=model,
-        args=arguments(output, **changes),
+        args=arguments(output, **{"use_cpu": device == "cpu"} | changes),
         train_dataset=dataset() if data is None else data,
         loss=loss,
         callbacks=[make_callback(loss)] if make_callback else [],

@@ -122,7 +122,7 @@ class TrainConfig:
     )
     keep_checkpoints: int = _setting(2, integer(1), "newest intermediate checkpoints kept")
     diagnostics_every: int = _setting(
-        0, integer(0), "updates between looks at how rows' softmax falls on the bank; 0: none"
+        0, integer(0), "updates between looks at how batches score the bank; 0: none"
     )
     tensorboard: bool = _setting(False, boolean(), "write the metrics for TensorBoard too")
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class UpdateMetrics:
     """One line of metrics.jsonl.
 
-    The last three are of the last micro-batch of every `diagnostics_every`-th update, else None.
+    The last five are of every `diagnostics_every`-th update, else None: three of its last
+    micro-batch, two of the bank behind that.
 
     Args:
         update: counted from 1.
@@ -33,6 +34,10 @@ class UpdateMetrics:
             rows.
         mass_by_age: the same on banked passages, by their age in updates from 0 on; all masses
             together make 1 (compare Figure 6 of arXiv 2406.12356).
+        bank_score_gap: mean score of the newest queries with the oldest banked passages in use,
+            less that with each other's passages, in standard deviations of the latter.
+        bank_score_spread: ratio of those standard deviations. docs/drift.md: sqrt(gap^2 +
+            log(spread)^2) above 0.5 is a sign of harm; None while the bank is too small to tell.
     """
 
     update: int
@@ -53,6 +58,8 @@ class UpdateMetrics:
     masked_pairs: int | None = None
     mass_local: float | None = None
     mass_by_age: list[float] | None = None
+    bank_score_gap: float | None = None
+    bank_score_spread: float | None = None
 
 
 class DivergedError(RuntimeError):

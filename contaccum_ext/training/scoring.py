@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from contaccum_ext.bank import DualMemoryBank
 from contaccum_ext.bank_size import mean_decay, predicted_mean_decay
+from contaccum_ext.drift_signs import DriftWatch, ScoreShift, score_shift
 from contaccum_ext.functional import contaccum_loss
 from contaccum_ext.training.diagnostics import BankAges, Look, look
 from contaccum_ext.training.positive_bank import positive_bank_loss
@@ -61,12 +63,14 @@ class Scoring:
                 )
         self.ages = BankAges(0 if self.bank is None else self.bank.capacity)
         self.look: Look | None = None  # of the last micro-batch of this update, if it was wanted
+        self.shift: ScoreShift | None = None  # likewise, when all of it was enqueued
+        self._watch = DriftWatch()
         self._update = 0
 
     def begin_update(self, update: int) -> None:
         """Prepare the bank for update `update`, counted from 0."""
         self._update = update
-        self.look = None
+        self.look = self.shift = None
         if self.bank is not None and self.config.clear_bank_every_update:
             self.bank.clear()
             self.ages.clear()
@@ -86,7 +90,8 @@ class Scoring:
             return self.in_batch_loss(queries, passages, passage_ids)
         every = self.config.diagnostics_every
         waiting = self._update < self.config.bank_warmup_updates
-        if last and every and (self._update + 1) % every == 0 and not waiting:
+        wanted = last and bool(every) and (self._update + 1) % every == 0 and not waiting
+        if wanted:
             ages, ids = self.ages.of_slots(self._update), self._ids(passage_ids)
             batch, temperature = (queries, passages, ids), self.config.temperature
             self.look = look(*batch, self.bank, ages, temperature, self.banks or "both")
@@ -96,13 +101,31 @@ class Scoring:
             with torch.no_grad():
                 self._against_bank(queries, passages, passage_ids)
             return self.in_batch_loss(queries, passages, passage_ids)
-        return self._against_bank(queries, passages, passage_ids)
+        loss = self._against_bank(queries, passages, passage_ids)
+        if wanted and self.banks != "queries":
+            self.shift = score_shift(self.bank, self.config.update_size)
+        return loss
 
     def in_batch_loss(self, queries: Tensor, passages: Tensor, passage_ids: Tensor) -> Tensor:
         """() fp32 loss of a batch against itself alone."""
         return contaccum_loss(
             queries, passages, None, self.config.temperature, self._ids(passage_ids)
         )
+
+    def observed(self) -> dict[str, Any]:
+        """What was looked at in this update, by the names of UpdateMetrics."""
+        seen = {} if self.look is None else asdict(self.look)
+        if self.shift is not None:
+            seen |= {"bank_score_gap": self.shift.gap, "bank_score_spread": self.shift.spread}
+        return seen
+
+    def warnings(self) -> list[str]:
+        """What the update has shown of drift, in words, once for each thing."""
+        said = self._watch.scores(self.shift, self.config.drift) if self.look is not None else []
+        if self.bank is not None and self.transport is not None:
+            fresh = self.transport.within_limit()
+            said += self._watch.window(self.bank, fresh, self.config.update_size)
+        return said
 
     def window(self) -> int | None:
         """Filled slots in use; None without a bank."""

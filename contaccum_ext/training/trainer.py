@@ -6,7 +6,6 @@ import copy
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,6 +164,8 @@ class Trainer:
                 scoring.load_state_dict(before)
         else:
             self._follow()
+            for message in scoring.warnings():
+                warnings.warn(f"update {self.done + 1}: {message}", stacklevel=2)
         self.done += 1
 
         return UpdateMetrics(
@@ -183,7 +184,7 @@ class Trainer:
             bank_window=scoring.window(),
             bank_staleness=scoring.transport.staleness if scoring.transport else None,
             peak_memory=peak_memory(self.device),
-            **({} if norms is None or scoring.look is None else asdict(scoring.look)),
+            **({} if norms is None else scoring.observed()),
         )
 
     def _choose_probes(self) -> Probes | None:

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from contaccum_ext.bank_size import width_warnings
 from contaccum_ext.files import replace_file
 from contaccum_ext.integrations.sentence_transformers.memory import BankMemory
+from contaccum_ext.integrations.sentence_transformers.readings import Readings
 from contaccum_ext.integrations.sentence_transformers.weights import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,10 @@ class ContAccumCallback(TrainerCallback):
     - A run begins with empty banks; those of size "auto" learn how large an update is.
     - Each checkpoint gets the banks, in a file that is complete or not there. Resuming from it
       restores them, and training goes on as if it had never stopped.
-    - Banks too wide for their drift correction are warned of; filled slots are in the log.
+    - Filled slots are in the log, and signs of drift: how the scores of the oldest slots in use
+      differ from those of the newest and, with drift="transport", the slots in use and how stale
+      they are. Banks too wide for their drift correction are warned of, at the beginning or when
+      the signs say so.
 
     Args:
         loss: the loss given to the Trainer: one of this package's, a loss around it, or a dict.
@@ -47,6 +51,7 @@ class ContAccumCallback(TrainerCallback):
     ) -> None:
         self.resume = resume
         self.memories = _memories(loss)
+        self._readings = Readings(self.memories)
         if not self.memories:
             raise ValueError(
                 f"loss: expected a ContAccumLoss, a CachedContAccumLoss or a loss around one, "
@@ -68,6 +73,7 @@ class ContAccumCallback(TrainerCallback):
         update_size = (batch or args.train_batch_size) * args.gradient_accumulation_steps
         for memory in self.memories.values():
             memory.begin_run(update_size, _length(train_dataloader))
+        self._readings.begin_run(update_size)
         self._warn(update_size)
         if state.global_step and self.resume is not None and self._have_banks():
             assert model is not None  # the Trainer gives it
@@ -105,17 +111,14 @@ class ContAccumCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the number of filled slots to the lines about training."""
+        """Add what the banks show to the lines about training, and say what it means."""
         if logs is None or "loss" not in logs or not state.log_history:
             return
-        filled = {
-            f"{name}.{shape}": slots
-            for name, memory in self.memories.items()
-            for shape, slots in memory.filled().items()
-        }
-        for name, slots in filled.items():
-            key = "bank_filled" if len(filled) == 1 else f"bank_filled_{name.lstrip('.')}"
-            logs[key] = state.log_history[-1][key] = slots
+        values, said = self._readings.take()
+        for name, value in values.items():
+            logs[name] = state.log_history[-1][name] = value
+        for message in said:
+            logger.warning(message)
 
     def _have_banks(self) -> bool:
         return any(memory.capacity for memory in self.memories.values())

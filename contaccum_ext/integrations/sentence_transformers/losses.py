@@ -167,6 +167,9 @@ class ContAccumLoss(_Banked, MultipleNegativesRankingLoss):
             that training shows (default 64). Until there are so many, banks are not moved.
         drift_ridge (float): of "transport": larger trusts the probes less (default 0.1); in units
             of the mean eigenvalue of their Gram matrix.
+        drift_limit (float | None): of "transport": slots that may be further off than this, in
+            spreads of fresh vectors, are left out (default 0.3); None for none. How far they may be
+            off is what the probes say of each other, added up over the moves that a slot has seen.
 
     Under ``MatryoshkaLoss`` each size of embedding has its own bank; under ``AdaptiveLayerLoss``
     the last layer has banks and the other layers, drawn now and then, are trained in-batch.
@@ -218,7 +221,7 @@ class CachedContAccumLoss(_Banked, CachedMultipleNegativesRankingLoss):
         similarity_fct: ``cos_sim`` or ``dot_score`` of ``sentence_transformers.util``.
         mini_batch_size: rows encoded at a time.
         banks: settings of the banks, by name: bank_size, drift, row_weighting, mask_duplicates,
-            drift_probes and drift_ridge, as in ContAccumLoss.
+            drift_probes, drift_ridge and drift_limit, as in ContAccumLoss.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.

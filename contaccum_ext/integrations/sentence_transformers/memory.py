@@ -16,6 +16,7 @@ from contaccum_ext.bank_size import auto_bank_size
 from contaccum_ext.functional import contaccum_loss
 from contaccum_ext.integrations.sentence_transformers.probes import Move, Probes
 from contaccum_ext.ops import op_runs_on
+from contaccum_ext.staleness import SlotStaleness
 from contaccum_ext.transport import transport
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class BankOptions(TypedDict, total=False):
     mask_duplicates: bool
     drift_probes: int
     drift_ridge: float
+    drift_limit: float | None
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class BankSettings:
     mask_duplicates: bool = True
     drift_probes: int = 64  # of transport
     drift_ridge: float = 0.1  # of transport
+    drift_limit: float | None = 0.3  # of transport: staleness in use; None for any
 
     def __post_init__(self) -> None:
         size = self.bank_size
@@ -62,20 +65,23 @@ class BankSettings:
         validation.choice("row_weighting", self.row_weighting, ("local", "all"))
         validation.count("drift_probes", self.drift_probes)
         validation.positive("drift_ridge", self.drift_ridge)
+        if self.drift_limit is not None:
+            validation.positive("drift_limit", self.drift_limit)
 
 
 class BankMemory(nn.Module):
     """One bank for each shape of batch: embedding size d and passages per query m.
 
     Batches of another shape come from ``MatryoshkaLoss`` or from data sets with other columns.
-    Banks, and with drift="transport" the probes, are in ``state_dict``; ``load_state_dict`` makes
-    them anew.
+    Banks, and with drift="transport" the probes and how stale slots are, are in ``state_dict``;
+    ``load_state_dict`` makes them anew.
     """
 
     def __init__(self, settings: BankSettings) -> None:
         super().__init__()
         self.settings = settings
         self.banks = nn.ModuleDict()
+        self.staleness: dict[str, SlotStaleness] = {}  # of transported banks
         used = settings.drift == "transport" and settings.bank_size != 0
         self.probes = Probes(settings.drift_probes) if used else None
         self._update_size: int | None = None
@@ -89,6 +95,7 @@ class BankMemory(nn.Module):
             training_queries: rows of the training set; None if unknown.
         """
         self.banks.clear()
+        self.staleness.clear()
         if self.probes is not None:
             self.probes.clear()
         self._update_size, self._training_queries = update_size, training_queries
@@ -140,14 +147,14 @@ class BankMemory(nn.Module):
         return loss.to(device)
 
     def follow(self, moves: Mapping[int, Move], unit: bool) -> None:
-        """Move the banks as probes have been moved.
+        """Move the banks as probes have been moved, and leave out what these cannot follow.
 
         Args:
             moves: for each m the probes' embeddings (R, D) before and after, one per column; banks
                 of a smaller size hold the first of the D numbers.
             unit: banked vectors have length 1.
         """
-        for bank in self.banks.values():
+        for name, bank in self.banks.items():
             assert isinstance(bank, DualMemoryBank)
             if bank.passages_per_query in moves:
                 (old_queries, *old), (new_queries, *new) = (
@@ -155,7 +162,8 @@ class BankMemory(nn.Module):
                     for columns in moves[bank.passages_per_query]
                 )
                 _move_to(bank, new_queries.device)
-                transport(
+                self.staleness[name].note_written()
+                error = transport(
                     bank,
                     old_queries,
                     new_queries,
@@ -164,6 +172,7 @@ class BankMemory(nn.Module):
                     ridge=self.settings.drift_ridge,
                     normalize=unit,
                 )
+                self.staleness[name].age(float(error))
 
     def _shorten(self, column: Tensor, dim: int, unit: bool) -> Tensor:
         """Probes (R, D) as a bank of size d would hold them: (R, d)."""
@@ -181,20 +190,23 @@ class BankMemory(nn.Module):
         _, m, dim = passages.shape
         name = f"{dim}x{m}"
         if name not in self.banks:
-            self.banks[name] = self._new_bank(passages)
+            self._add_bank(name, passages)
             logger.info(f"New bank: {self.capacity} slots of {1 + m} vectors of size {dim}")
         bank = self.banks[name]
         assert isinstance(bank, DualMemoryBank)
         _move_to(bank, passages.device)
         return bank
 
-    def _new_bank(self, like: Tensor) -> DualMemoryBank:
+    def _add_bank(self, name: str, like: Tensor) -> None:
         """An empty bank for passages such as these (rows, m, d)."""
         _, m, dim = like.shape
         drift = "none" if self.settings.drift == "transport" else self.settings.drift
-        return DualMemoryBank(
+        bank = DualMemoryBank(
             self.capacity, dim, m, like.dtype, like.device, drift=drift, drift_decay=MEAN_DECAY
         )
+        self.banks[name] = bank
+        if self.probes is not None:
+            self.staleness[name] = SlotStaleness(bank, self.settings.drift_limit)
 
     def filled(self) -> dict[str, int]:
         """Filled slots of each bank by its shape, dxm (reads the device)."""
@@ -203,7 +215,10 @@ class BankMemory(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         """What must be the same for a stored bank to mean the same, and the probes."""
         state = self._identity()
-        return state if self.probes is None else state | {"probes": self.probes.state_dict()}
+        if self.probes is None:
+            return state
+        stale = {name: slots.state_dict() for name, slots in self.staleness.items()}
+        return state | {"probes": self.probes.state_dict(), "staleness": stale}
 
     def _identity(self) -> dict[str, Any]:
         settings = self.settings
@@ -216,9 +231,11 @@ class BankMemory(nn.Module):
         return identity if self.probes is None else identity | {"drift_probes": self.probes.count}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take the probes; the rest has been found to be the same before anything was loaded."""
+        """Take what is the probes'; the rest was compared before anything was loaded."""
         if self.probes is not None:
             self.probes.load_state_dict(state["probes"])
+            for name, slots in self.staleness.items():
+                slots.load_state_dict(state["staleness"][name])
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, extra, errors):
         """Refuse the banks of another setting, then make those that are to be filled."""
@@ -228,16 +245,21 @@ class BankMemory(nn.Module):
             for name, value in here.items()
             if stored is not None and stored.get(name) != value
         ]
-        if not differences and self.probes is not None and "probes" not in (stored or {}):
-            differences = [f"{prefix}probes: expected those of drift='transport', got none"]
+        if not differences and self.probes is not None:
+            differences = [
+                f"{prefix}{name}: expected those of drift='transport', got none"
+                for name in ("probes", "staleness")
+                if name not in (stored or {})
+            ]
         errors.extend(differences)
         if differences:
             return
         self.banks.clear()
+        self.staleness.clear()
         for key, tensor in state_dict.items():
             start, _, buffer = key.rpartition(".")
             if start.startswith(f"{prefix}banks.") and buffer == "bank_passages":
-                self.banks[start.removeprefix(f"{prefix}banks.")] = self._new_bank(tensor)
+                self._add_bank(start.removeprefix(f"{prefix}banks."), tensor)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, extra, errors)
 
     def extra_repr(self) -> str:
