@@ -77,7 +77,8 @@ def test_the_trainer_trains_in_bf16(two_layers, tmp_path, device, loss, drift):
     bank = memory(run).banks["16x2"]
     assert (bank.cursor.device.type, bank.dtype, len(bank)) == (device, torch.float32, 40)
     ones = torch.ones(40, device=device)
-    torch.testing.assert_close(bank.queries().norm(dim=1), ones, rtol=0, atol=1e-5)
+    close = {"rtol": 0, "atol": 1e-5 if drift == "mean" else 0.5}  # what has been moved is near
+    torch.testing.assert_close(bank.queries().norm(dim=1), ones, **close)
     wanted = {"bank_filled", "bank_score_gap", "bank_score_spread"}
     wanted |= {"bank_window", "bank_staleness"} if drift == "transport" else set()
     assert {key for key in lines[-1] if key.startswith("bank_")} == wanted

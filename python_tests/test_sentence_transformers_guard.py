@@ -170,7 +170,8 @@ def test_the_log_shows_window_staleness_gap_and_spread(start, tmp_path):
 
 
 def test_other_corrections_have_the_sign_in_the_log_and_no_window(start, tmp_path):
-    run = trainer(start, tmp_path, lambda m: ContAccumLoss(m, bank_size=100), max_steps=3)
+    make_loss = lambda m: ContAccumLoss(m, bank_size=100, drift="mean")  # noqa: E731
+    run = trainer(start, tmp_path, make_loss, max_steps=3)
     run.train()
     line = [line for line in run.state.log_history if "loss" in line][-1]
     assert {key for key in line if key.startswith("bank_")} == {

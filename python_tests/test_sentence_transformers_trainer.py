@@ -139,7 +139,7 @@ def test_banks_too_wide_are_warned_of_in_words(start, tmp_path, caplog):
     update = BATCH * ACCUMULATION
     options = {"max_steps": 1, "save_strategy": "no"}
     with caplog.at_level(logging.WARNING, logger="contaccum_ext"):
-        widest = {"mean": 16 * update, "none": 2 * update, "transport": 64 * update}
+        widest = {"mean": 16 * update, "none": 2 * update, "transport": 128 * update}
         for drift, size in widest.items():
             make = lambda m: ContAccumLoss(m, bank_size=size, drift=drift)  # noqa: B023, E731
             trainer(start, tmp_path, make, **options).train()
@@ -151,7 +151,18 @@ def test_banks_too_wide_are_warned_of_in_words(start, tmp_path, caplog):
     plain, transported = caplog.messages
     assert f"set drift=mean, or bank_size to at most {2 * update}" in plain
     assert "drift=transport has not been tried over so many updates" in transported
-    assert f"at most {64 * update}" in transported
+    assert f"at most {128 * update}" in transported
+
+
+@pytest.mark.parametrize(("updates", "drift"), [(8, "mean"), (9, "transport")])
+def test_the_automatic_correction_goes_by_the_age_of_the_bank(start, tmp_path, updates, drift):
+    make = lambda m: ContAccumLoss(m, bank_size=updates * BATCH * ACCUMULATION)  # noqa: E731
+    run = trainer(start, tmp_path, make, max_steps=1, save_strategy="no")
+    assert memory(run).drift == "mean"  # before anybody knows how large an update is
+    run.train()
+    assert memory(run).drift == drift
+    assert (memory(run).probes is not None) == (drift == "transport")
+    assert memory(run).banks["16x1"].drift == "mean"
 
 
 def test_a_dict_of_losses(start, tmp_path):

@@ -59,13 +59,17 @@ def test_old_vectors_come_closer_to_what_the_weights_would_give_now(model):
     for drift in ("none", "transport"):
         encoder = copy.deepcopy(model)
         loss = make("plain", encoder, drift=drift)
-        sgd = torch.optim.SGD(encoder.parameters(), lr=0.02)
+        # Large steps: with small ones the means of four rows each say more than the drift.
+        sgd = torch.optim.SGD(encoder.parameters(), lr=2.0)
         for first in range(0, 32, 4):
             learn(loss, batch(encoder, 4, 0, first), sgd)
         learn(loss, batch(encoder, 4, 0, 32))
         # Twelve rows after the probes were complete, and none of them: rows 12 to 24 of 36.
         now = normalize(encode(encoder, batch(encoder, 12, 0, 12))[1], dim=-1)
-        errors[drift] = (loss.memory.banks["16x1"].passages()[12:24, 0] - now).norm()
+        bank = loss.memory.banks["16x1"]
+        away = (bank.passages() + bank.passage_offsets())[12:24, 0] - now
+        # What they have in common is the running mean's, an average over few rows here.
+        errors[drift] = (away - away.mean(0)).norm()
     assert errors["transport"] < 0.5 * errors["none"]
 
 

@@ -26,7 +26,8 @@ _FORMAT = 1
 class ContAccumCallback(TrainerCallback):
     """Makes the banks of a loss part of the training state.
 
-    - A run begins with empty banks; those of size "auto" learn how large an update is.
+    - A run begins with empty banks; those of size "auto" learn how large an update is, and with
+      drift="auto" which correction suits their age.
     - Each checkpoint gets the banks, in a file that is complete or not there. Resuming from it
       restores them, and training goes on as if it had never stopped.
     - Filled slots are in the log, and signs of drift: how the scores of the oldest slots in use
@@ -126,8 +127,7 @@ class ContAccumCallback(TrainerCallback):
     def _warn(self, update_size: int) -> None:
         for memory in self.memories.values():
             if memory.capacity:
-                drift = memory.settings.drift
-                for message in width_warnings(memory.capacity, update_size, drift):
+                for message in width_warnings(memory.capacity, update_size, memory.drift):
                     logger.warning(message)
 
     def _candidates(self, args: TrainingArguments, state: TrainerState) -> list[Path]:

@@ -23,12 +23,13 @@ from contaccum_ext.integrations.sentence_transformers.encoding import (
 )
 from contaccum_ext.integrations.sentence_transformers.features import row_count
 from contaccum_ext.integrations.sentence_transformers.identity import text_ids
-from contaccum_ext.integrations.sentence_transformers.memory import BankMemory, BankSettings
+from contaccum_ext.integrations.sentence_transformers.memory import BankMemory
+from contaccum_ext.integrations.sentence_transformers.settings import BankSettings
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from contaccum_ext.integrations.sentence_transformers.memory import BankOptions
+    from contaccum_ext.integrations.sentence_transformers.settings import BankOptions
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
 
@@ -156,9 +157,11 @@ class ContAccumLoss(_Banked, MultipleNegativesRankingLoss):
             for eight updates' worth, 8 * per_device_train_batch_size *
             gradient_accumulation_steps, at most the training set. That needs
             ``ContAccumCallback``; without it "auto" is 1,024.
-        drift (str): "mean" (default) corrects old vectors by the shift of their mean; "transport"
-            encodes a few texts, the probes, again after every optimizer step and moves all banked
-            vectors as these have moved; "none" leaves them as they are.
+        drift (str): "mean" corrects old vectors by the shift of their mean; "transport" encodes a
+            few texts, the probes, again after every optimizer step and moves all banked vectors as
+            these have moved, about running means; "none" leaves them as they are. "auto" (default)
+            is "mean" up to eight updates' worth of slots and "transport" beyond; without
+            ``ContAccumCallback``, which knows how large an update is, it is "mean".
         row_weighting (str): "local" (default) weights every row 1/n, "all" 1/(n + filled slots) as
             in the paper.
         mask_duplicates (bool): leave a passage out of a row's negatives if its tokens are those of

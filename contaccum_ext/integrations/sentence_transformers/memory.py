@@ -4,69 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from contaccum_ext import validation
 from contaccum_ext.bank import DualMemoryBank
-from contaccum_ext.bank_size import auto_bank_size
+from contaccum_ext.bank_size import auto_bank_size, auto_drift, predicted_mean_decay
 from contaccum_ext.functional import contaccum_loss
 from contaccum_ext.integrations.sentence_transformers.probes import Move, Probes
+from contaccum_ext.integrations.sentence_transformers.settings import BankSettings
 from contaccum_ext.ops import op_runs_on
 from contaccum_ext.staleness import SlotStaleness
 from contaccum_ext.transport import transport
 
 logger = logging.getLogger(__name__)
 
-# Of drift="mean", per batch. How many batches make an update is not known here; means that lag by
-# more than an update do harm, less smooth ones do not (docs/drift.md). These lag by one batch.
-MEAN_DECAY = 0.5
+# Of running means, per batch. How many batches make an update may not be known; means that lag by
+# more than an update do harm, less smooth ones do not (docs/drift.md). These lag by one batch, and
+# those that probes predict are averages over little more than two.
+MEAN_DECAY, PREDICTED_MEAN_DECAY = 0.5, predicted_mean_decay(1)
 UNKNOWN_RUN_SLOTS = 1024  # of an automatic bank as long as nobody says how large an update is
-
-
-class BankOptions(TypedDict, total=False):
-    """What the losses accept beside the arguments of the losses that they replace."""
-
-    bank_size: int | str
-    drift: str
-    row_weighting: str
-    mask_duplicates: bool
-    drift_probes: int
-    drift_ridge: float
-    drift_limit: float | None
-
-
-@dataclass(frozen=True)
-class BankSettings:
-    """What does not change during the life of a loss.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-    """
-
-    normalize: bool  # cosine scores
-    bank_size: int | str = "auto"  # slots; 0 for no bank; "auto"
-    drift: str = "mean"  # "mean", "transport" or "none"
-    row_weighting: str = "local"  # "local" or "all"
-    mask_duplicates: bool = True
-    drift_probes: int = 64  # of transport
-    drift_ridge: float = 0.1  # of transport
-    drift_limit: float | None = 0.3  # of transport: staleness in use; None for any
-
-    def __post_init__(self) -> None:
-        size = self.bank_size
-        number = isinstance(size, int) and not isinstance(size, bool) and size >= 0
-        if size != "auto" and not number:
-            raise ValueError(f"bank_size: expected 'auto' or a number of slots >= 0, got {size!r}")
-        validation.choice("drift", self.drift, ("mean", "transport", "none"))
-        validation.choice("row_weighting", self.row_weighting, ("local", "all"))
-        validation.count("drift_probes", self.drift_probes)
-        validation.positive("drift_ridge", self.drift_ridge)
-        if self.drift_limit is not None:
-            validation.positive("drift_limit", self.drift_limit)
 
 
 class BankMemory(nn.Module):
@@ -82,13 +40,12 @@ class BankMemory(nn.Module):
         self.settings = settings
         self.banks = nn.ModuleDict()
         self.staleness: dict[str, SlotStaleness] = {}  # of transported banks
-        used = settings.drift == "transport" and settings.bank_size != 0
-        self.probes = Probes(settings.drift_probes) if used else None
         self._update_size: int | None = None
         self._training_queries: int | None = None
+        self.probes = self._new_probes()
 
     def begin_run(self, update_size: int, training_queries: int | None) -> None:
-        """Forget everything; automatic banks get the size that suits these numbers.
+        """Forget everything; what is automatic follows from these numbers.
 
         Args:
             update_size: examples that this process contributes to an optimizer update.
@@ -96,9 +53,12 @@ class BankMemory(nn.Module):
         """
         self.banks.clear()
         self.staleness.clear()
-        if self.probes is not None:
-            self.probes.clear()
         self._update_size, self._training_queries = update_size, training_queries
+        self.probes = self._new_probes()
+
+    def _new_probes(self) -> Probes | None:
+        used = self.drift == "transport" and self.capacity > 0
+        return Probes(self.settings.drift_probes) if used else None
 
     @property
     def capacity(self) -> int:
@@ -108,6 +68,15 @@ class BankMemory(nn.Module):
         if self._update_size is None:
             return UNKNOWN_RUN_SLOTS
         return auto_bank_size(self._update_size, self._training_queries)
+
+    @property
+    def drift(self) -> str:
+        """Correction of banks made from now on: "none", "mean" or "transport"."""
+        if self.settings.drift != "auto":
+            return self.settings.drift
+        if self._update_size is None:
+            return "mean"
+        return auto_drift(self.capacity, self._update_size)
 
     def forward(
         self,
@@ -200,9 +169,15 @@ class BankMemory(nn.Module):
     def _add_bank(self, name: str, like: Tensor) -> None:
         """An empty bank for passages such as these (rows, m, d)."""
         _, m, dim = like.shape
-        drift = "none" if self.settings.drift == "transport" else self.settings.drift
+        follows = self.probes is not None
         bank = DualMemoryBank(
-            self.capacity, dim, m, like.dtype, like.device, drift=drift, drift_decay=MEAN_DECAY
+            self.capacity,
+            dim,
+            m,
+            like.dtype,
+            like.device,
+            drift="mean" if follows else self.drift,
+            drift_decay=PREDICTED_MEAN_DECAY if follows else MEAN_DECAY,
         )
         self.banks[name] = bank
         if self.probes is not None:
@@ -224,7 +199,7 @@ class BankMemory(nn.Module):
         settings = self.settings
         identity = {
             "bank_size": self.capacity,
-            "drift": settings.drift,
+            "drift": self.drift,
             "mask_duplicates": settings.mask_duplicates,
             "normalize": settings.normalize,
         }

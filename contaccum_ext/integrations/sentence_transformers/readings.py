@@ -42,7 +42,7 @@ class Readings:
                 shift = score_shift(bank, self._update_size)
                 if shift is not None:
                     found |= {"bank_score_gap": shift.gap, "bank_score_spread": shift.spread}
-                    shifts.append((shift, memory.settings.drift))
+                    shifts.append((shift, memory.drift))
                 values[f"{place}.{shape}".lstrip(".")] = found
         worst = max(shifts, key=lambda pair: pair[0].size, default=(None, ""))
         said += self._watch.scores(*worst)
