@@ -187,11 +187,12 @@ def contaccum_loss(
     queries: Tensor,
     passages: Tensor,
     bank: Any = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     passage_ids: Tensor | None = None,
     row_weighting: str = "local",
     enqueue: bool = True,
     banks: str = "both",
+    symmetric: bool = False,
     *,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -203,11 +204,13 @@ def contaccum_loss(
         queries: (n, d) floating.
         passages: (n, m, d) floating, positive first; (n, d) means m = 1.
         bank: a `DualMemoryBank` of this module, the package's own, or None.
-        temperature: scores are inner products divided by it.
+        temperature: scores are inner products divided by it; a floating tensor, () or of one
+            element, gets its gradient.
         passage_ids: (n, m) int64, -1 for none; None leaves nothing out.
         row_weighting: "local" for weights 1/n, "all" for 1/(n + F).
         enqueue: put the batch into the bank afterwards.
         banks: "both", "passages" or "queries": which banked vectors take part.
+        symmetric: the mean with the loss of positives as rows and queries as columns.
         compute_dtype: of all arithmetic; by default float64 for a float64 bank, else float32.
 
     Returns:
@@ -220,6 +223,8 @@ def contaccum_loss(
     (n, d), m = queries.shape, passages.shape[1]
     storage = bank.dtype if bank is not None else queries.dtype
     compute = compute_dtype or accumulation_dtype(storage)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.reshape(()).to(compute)
     scale = 1.0 / temperature
     q = _straight_through(queries, storage, compute)
     p = _straight_through(passages, storage, compute)
@@ -254,11 +259,20 @@ def contaccum_loss(
         absent |= (ids == ids[target][:, None]) & (ids != -1) & ~is_target
     if banks == "queries":  # banked passages only as the targets of their own rows
         absent[:, n * m :] |= ~is_target[:, n * m :]
-    scores = scores.masked_fill(absent, -math.inf)
+    plain, scores = scores, scores.masked_fill(absent, -math.inf)
     per_row = torch.logsumexp(scores, 1) - scores[rows, target]
     if banks == "passages":
         per_row = per_row[:n]
-    loss = per_row.sum() / (n if row_weighting == "local" else len(per_row))
+    weights = n if row_weighting == "local" else len(per_row)
+    loss = per_row.sum() / weights
+    if symmetric:
+        of_positives = plain[:, target].T  # rows: positives, columns: queries
+        if passage_ids is not None:
+            own = ids[target]
+            same = (own == own[:, None]) & (own != -1) & (rows != rows[:, None])
+            of_positives = of_positives.masked_fill(same, -math.inf)
+        per_row = torch.logsumexp(of_positives, 1) - of_positives.diagonal()
+        loss = (loss + per_row.sum() / weights) / 2
 
     if bank is not None and enqueue:
         if _all_finite(queries, passages, storage, scale):
@@ -268,7 +282,9 @@ def contaccum_loss(
     return loss.to(accumulation_dtype(storage))
 
 
-def _all_finite(queries: Tensor, passages: Tensor, storage: torch.dtype, scale: float) -> bool:
+def _all_finite(
+    queries: Tensor, passages: Tensor, storage: torch.dtype, scale: float | Tensor
+) -> bool:
     """True when no scaled squared norm overflows, so that by Cauchy-Schwarz no score can either."""
     acc = accumulation_dtype(storage)
     vectors = torch.cat([queries.detach()[:, None], passages.detach()], 1).to(storage).to(acc)

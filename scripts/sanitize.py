@@ -28,9 +28,10 @@ HISTORIES = (
 )
 
 
-def run(capacity, d, m, n, dtype, drift, steps, with_ids) -> None:
-    """A few training steps from an empty bank."""
-    bank = ca.DualMemoryBank(capacity, d, m, dtype, "cuda", drift)
+def run(capacity, d, m, n, dtype, drift, steps, with_ids, keeps_more) -> None:
+    """A few training steps from an empty bank, or from one with a second table and a mirror."""
+    kinds = {"learn_temperature": keeps_more, "symmetric": keeps_more}
+    bank = ca.DualMemoryBank(capacity, d, m, dtype, "cuda", drift, **kinds)
     for seed in range(steps):
         generator = torch.Generator("cuda").manual_seed(seed)
         shape, device = (n, 1 + m, d), torch.device("cuda")
@@ -39,7 +40,9 @@ def run(capacity, d, m, n, dtype, drift, steps, with_ids) -> None:
         ids = torch.randint(-1, 50, (n, m), device=device, generator=generator)
         queries = vectors[:, 0].contiguous().requires_grad_()
         passages = vectors[:, 1:].contiguous().requires_grad_()
-        loss = ca.contaccum_loss(queries, passages, bank, 0.1, ids if with_ids else None)
+        tau = torch.tensor(0.1, device=device, requires_grad=True) if keeps_more else 0.1
+        given = ids if with_ids else None
+        loss = ca.contaccum_loss(queries, passages, bank, tau, given, symmetric=keeps_more)
         loss.backward()
         if not torch.isfinite(loss):
             raise SystemExit(f"loss {loss.item()} with capacity {capacity}, d {d}, n {n}, {dtype}")
@@ -48,11 +51,12 @@ def run(capacity, d, m, n, dtype, drift, steps, with_ids) -> None:
 def main() -> None:
     """All histories, and a loss without a bank."""
     for history in HISTORIES:
-        run(*history)
+        for keeps_more in (False, True):
+            run(*history, keeps_more)
     queries = torch.randn(80, 384, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     ca.contaccum_loss(queries, queries.detach(), None, 20.0).backward()
     torch.cuda.synchronize()
-    print(f"{len(HISTORIES)} histories, all finite")
+    print(f"{2 * len(HISTORIES)} histories, all finite")
 
 
 if __name__ == "__main__":
