@@ -50,11 +50,11 @@ def contaccum_loss(
         passages: (n, m, d), positive first, then hard negatives; (n, d) means m = 1. Same dtype.
         bank: used as it was before this batch; None for in-batch InfoNCE. Local vectors are rounded
             to the bank's dtype. float64 meets only float64; the narrower types mix.
-        temperature: positive number; scores are inner products divided by it. Or a floating tensor,
-            () or of one element, which gets the exact gradient of the whole loss if it requires
-            grad: the bank must then be one with ``learn_temperature=True``. Reading its value makes
-            the host wait for the device, once a call; a number costs nothing. With another value
-            than last time the bank's table is rebuilt, in O(F^2).
+        temperature: positive number, or a floating tensor of it, () or of one element; scores are
+            inner products divided by it. A tensor that requires grad gets the exact gradient of the
+            whole loss; the bank must then be one with ``learn_temperature=True``. Reading a tensor
+            makes the host wait for the device, once a call; a number costs nothing. With another
+            value than last time the bank's table is rebuilt, in O(F^2).
         passage_ids: (n, m) int64. A column with the same id as a row's positive is left out of the
             row unless it is that positive (a false negative); -1 never matches. A bank takes
             batches always with ids or always without.
