@@ -50,7 +50,7 @@ def contaccum_loss(
         passages: (n, m, d), positive first, then hard negatives; (n, d) means m = 1. Same dtype.
         bank: used as it was before this batch; None for in-batch InfoNCE. Local vectors are rounded
             to the bank's dtype. float64 meets only float64; the narrower types mix.
-        temperature: positive number, or a floating tensor of it, () or of one element; scores are
+        temperature: positive number, or a floating tensor of one element, () or (1,); scores are
             inner products divided by it. A tensor that requires grad gets the exact gradient of the
             whole loss; the bank must then be one with ``learn_temperature=True``. Reading a tensor
             makes the host wait for the device, once a call; a number costs nothing. With another

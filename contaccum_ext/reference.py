@@ -204,8 +204,8 @@ def contaccum_loss(
         queries: (n, d) floating.
         passages: (n, m, d) floating, positive first; (n, d) means m = 1.
         bank: a `DualMemoryBank` of this module, the package's own, or None.
-        temperature: number, or a floating tensor () or of one element, which gets its gradient;
-            scores are inner products divided by it.
+        temperature: number, or a floating tensor, () or (1,), which gets its gradient; scores
+            are inner products divided by it.
         passage_ids: (n, m) int64, -1 for none; None leaves nothing out.
         row_weighting: "local" for weights 1/n, "all" for 1/(n + F).
         enqueue: put the batch into the bank afterwards.
