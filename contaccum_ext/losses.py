@@ -164,5 +164,5 @@ class ContAccumLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Say what ``repr`` shows beside the bank."""
-        options = f"temperature={self.temperature:.4g}, row_weighting={self.row_weighting!r}"
+        options = f"temperature={self.temperature}, row_weighting={self.row_weighting!r}"
         return options if self.bank.mirror is None else f"{options}, symmetric=True"
