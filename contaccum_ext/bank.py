@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from contaccum_ext import ops, validation
-from contaccum_ext.layout import BankLayout, accumulation_dtype
+from contaccum_ext.bank_state import DRIFT, BankState
+from contaccum_ext.layout import BankLayout
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_DRIFT = ("none", "mean")
 
 
-class DualMemoryBank(nn.Module):
+class DualMemoryBank(BankState):
     """Detached representations of earlier queries and passages, first in, first out.
 
     Equivalent to two deques of `capacity` entries (ContAccum, arXiv 2406.12356, section 3.1) with a
@@ -30,6 +30,11 @@ class DualMemoryBank(nn.Module):
         drift: "none", or "mean": correct old representations by the shift of their mean.
         drift_decay: decay per micro-batch of the running means that "mean" keeps.
         layout: how slots are grouped; the default suits the capacity.
+        learn_temperature: keep what the gradient of a temperature needs, a second table as large
+            as the first.
+        symmetric: for ``contaccum_loss(symmetric=True)``: keep queries and positives a second time,
+            with their roles exchanged, in ``mirror``, a bank of one passage per query. A slot then
+            holds 3 + m vectors instead of 1 + m.
 
     Drift: with "mean" each block of slots remembers the running means at which it was enqueued, and
     a banked vector v counts as v + (mean now - mean then) wherever it meets a local one: a model
@@ -42,15 +47,6 @@ class DualMemoryBank(nn.Module):
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
-    bank_queries: Tensor  # (C, d)
-    bank_passages: Tensor  # (C, m, d)
-    bank_ids: Tensor  # (C, m) int64, -1 where there is none
-    cursor: Tensor  # (2) int64: next slot to be written, filled slots
-    block_lse: Tensor  # (blocks, C)
-    group_lse: Tensor  # (groups, C)
-    row_state: Tensor  # (ROW_STATES, C)
-    means: Tensor  # (2 + offset blocks, 1 + m, d)
-
     def __init__(
         self,
         capacity: int,
@@ -61,6 +57,9 @@ class DualMemoryBank(nn.Module):
         drift: str = "none",
         drift_decay: float = 0.9,
         layout: BankLayout | None = None,
+        *,
+        learn_temperature: bool = False,
+        symmetric: bool = False,
     ) -> None:
         super().__init__()
         self.capacity = validation.count("capacity", capacity)
@@ -68,19 +67,23 @@ class DualMemoryBank(nn.Module):
         self.passages_per_query = validation.count("passages_per_query", passages_per_query)
         if dtype not in _FLOATING:
             raise TypeError(f"dtype: expected one of {_FLOATING}, got {dtype}")
-        self.drift = validation.choice("drift", drift, _DRIFT)
+        self.drift = validation.choice("drift", drift, DRIFT)
         self.drift_decay = validation.number("drift_decay", drift_decay)
         if not 0 <= self.drift_decay < 1:
             raise ValueError(f"drift_decay: expected a number in [0, 1), got {drift_decay}")
         layout = layout or BankLayout.default(capacity)
         self.layout = validation.instance("layout", layout, BankLayout)
+        self.learn_temperature = validation.instance("learn_temperature", learn_temperature, bool)
         self._window: int | None = None
+        self._is_mirror = False
+        self.mirror = None
+        if validation.instance("symmetric", symmetric, bool):
+            learn, same = learn_temperature, (dtype, device, drift, drift_decay, layout)
+            self.mirror = DualMemoryBank(capacity, dim, 1, *same, learn_temperature=learn)
+            self.mirror._is_mirror = True
         for name, (shape, kind) in self._shapes(dtype).items():
             self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
         self.clear()
-
-    def _shapes(self, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return self.layout.buffers(self.capacity, self.passages_per_query, self.dim, dtype)
 
     @torch.no_grad()
     def clear(self) -> None:
@@ -91,10 +94,14 @@ class DualMemoryBank(nn.Module):
         for buffer in (self.block_lse, self.group_lse, *self.row_state):
             buffer.fill_(-math.inf)
         self.row_state[ops.FRESH_SUM].zero_()
-        self._scale: float | None = None  # the scale that the table holds for
-        self._summed_window = self.window_blocks()  # the window that row_state holds for
-        self._has_ids: bool | None = None
+        if self.learn_temperature:
+            self.expected.zero_()
+        self._scale = None
+        self._summed_window = self.window_blocks()
+        self._has_ids = None
         self._manual_offsets = False
+        if self.mirror is not None:
+            self.mirror.clear()
 
     def __len__(self) -> int:
         """Filled slots F (reads the device)."""
@@ -175,6 +182,8 @@ class DualMemoryBank(nn.Module):
         self.means[1:-1, 1:] = -passage_offsets.to(self.means)
         self.means[-1] = self.means[1 + int(self.cursor[0]) // self.layout.offset_block]
         self._manual_offsets = True
+        if self.mirror is not None:
+            self.mirror.set_offsets(passage_offsets[:, 0], query_offsets[:, None])
 
     @property
     def window(self) -> int:
@@ -184,6 +193,8 @@ class DualMemoryBank(nn.Module):
     @window.setter
     def window(self, value: int | None) -> None:
         self._window = None if value is None else validation.count("window", value)
+        if self.mirror is not None:
+            self.mirror.window = value
 
     def effective_window(self) -> int:
         """The same as ``window`` (reads the device)."""
@@ -193,40 +204,14 @@ class DualMemoryBank(nn.Module):
         """Whole blocks in use besides the one being filled; -1 for every slot."""
         return self.layout.window_blocks(self.capacity, self._window)
 
-    def buffers_in_order(self) -> tuple[Tensor, ...]:
-        """The op's bank arguments, in the order of its schema."""
-        b: dict = self._buffers  # faster than attributes
-        return (
-            *(b["bank_queries"], b["bank_passages"], b["bank_ids"], b["cursor"]),
-            *(b["block_lse"], b["group_lse"], b["row_state"], b["means"]),
-        )
-
-    def pending_rebuild(self, scale: float, window_blocks: int) -> int:
-        """What of the table does not fit this scale or window."""
-        if self._scale != scale:
-            return ops.REBUILD_TABLE
-        if self._summed_window != window_blocks:
-            return ops.REBUILD_WINDOW
-        return ops.REBUILD_NOTHING
-
-    def vectors_changed(self) -> None:
-        """Note that banked vectors are no longer those of the table: rebuild it before use."""
-        self._scale = None
-
-    def accept(self, scale: float, window_blocks: int, has_ids: bool | None) -> None:
-        """Note that the op has succeeded: its table fits, and ids were given or not."""
-        if (self._scale, self._summed_window) != (scale, window_blocks):  # setting is not cheap
-            self._scale, self._summed_window = scale, window_blocks
-        if has_ids not in (None, self._has_ids):
-            self._has_ids = has_ids
-
     def enqueue(self, queries: Tensor, passages: Tensor, passage_ids: Tensor | None = None) -> None:
         """Append queries (n, d), passages (n, m, d) and passage_ids (n, m) int64 without a loss."""
         from contaccum_ext.functional import contaccum_loss
 
         with torch.no_grad():
             temperature = 1.0 if self._scale is None else 1.0 / self._scale
-            contaccum_loss(queries, passages, self, temperature, passage_ids)
+            both = self.mirror is not None
+            contaccum_loss(queries, passages, self, temperature, passage_ids, symmetric=both)
 
     def table(self) -> Tensor:
         """(F, blocks) Invariant T: log-sum-exp of each row, oldest first, over each block."""
@@ -237,60 +222,10 @@ class DualMemoryBank(nn.Module):
         table[head] = torch.logaddexp(fresh, rows[ops.OLD_LSE])
         return table[:, self.slots()].T
 
-    def get_extra_state(self) -> Tensor:
-        """(9,) float64: what is not a buffer; -1 for None."""
-        has_ids = -1 if self._has_ids is None else int(self._has_ids)
-        window = -1 if self._window is None else self._window
-        scale = -1.0 if self._scale is None else self._scale
-        state = (scale, has_ids, window, self._summed_window, int(self._manual_offsets))
-        return torch.tensor((*state, *self._identity()), dtype=torch.float64)
-
-    def _identity(self) -> tuple[int, ...]:
-        """What must be the same for a state to mean the same, beside the buffers' shapes."""
-        return (_DRIFT.index(self.drift), *vars(self.layout).values())
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take the state (9,) that ``get_extra_state`` gave."""
-        scale, has_ids, window, summed, manual = state[:5].tolist()
-        self._scale = None if scale < 0 else scale
-        self._has_ids = None if has_ids < 0 else bool(has_ids)
-        self._window = None if window < 0 else int(window)
-        self._summed_window, self._manual_offsets = int(summed), bool(manual)
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, extra, errors):
-        """Refuse the state of another bank before anything is copied."""
-        wanted = {**self._shapes(self.dtype), "_extra_state": ((9,), torch.float64)}
-        found = len(errors)
-        for name, (shape, dtype) in wanted.items():
-            given = state_dict.get(prefix + name, "missing")
-            came = given if isinstance(given, str) else type(given).__name__
-            if isinstance(given, Tensor):
-                came = f"{tuple(given.shape)} {given.dtype}"
-            if came != f"{shape} {dtype}":
-                errors.append(f"{prefix}{name}: expected {shape} {dtype}, got {came}")
-        if len(errors) == found:
-            identity = tuple(map(int, state_dict[prefix + "_extra_state"][5:].tolist()))
-            if identity != self._identity():
-                names = f"(drift of {_DRIFT}, layout.group, layout.offset_block, layout.block)"
-                errors.append(f"{prefix}bank: expected {names} {self._identity()}, got {identity}")
-        if len(errors) == found:
-            super()._load_from_state_dict(
-                state_dict, prefix, metadata, strict, missing, extra, errors
-            )
-
-    def _apply(self, fn, recurse=True):
-        """Move or cast. The representations follow a cast, the table stays in its own precision."""
-        before = self.bank_queries.dtype
-        kept = {k: getattr(self, k) for k in ("block_lse", "group_lse", "row_state", "means")}
-        super()._apply(fn, recurse)
-        acc = accumulation_dtype(self.bank_queries.dtype)
-        for name, tensor in kept.items():
-            setattr(self, name, tensor.to(device=self.bank_queries.device, dtype=acc))
-        if self.bank_queries.dtype != before:
-            self.vectors_changed()  # by rounding
-        return self
-
     def extra_repr(self) -> str:
         """Say what ``repr`` shows."""
         shape = f"{self.capacity}, {self.dim}, {self.passages_per_query}, dtype={self.dtype}"
-        return f"{shape}, drift={self.drift!r}, window={self._window or 'all'}"
+        options = f"drift={self.drift!r}, window={self._window or 'all'}"
+        if self.learn_temperature:
+            options += ", learn_temperature=True"
+        return f"{shape}, {options}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,15 +16,27 @@ _BANKS = ("both", "passages", "queries")
 _NO_LAYOUT = BankLayout(1, 1, 1)
 
 
+@dataclass(frozen=True)
+class _Options:
+    """What both directions of a loss share."""
+
+    scale: float
+    temperature: Tensor | None  # only where it needs a gradient
+    weight_all_rows: bool
+    banks: str
+    enqueue: bool
+
+
 def contaccum_loss(
     queries: Tensor,
     passages: Tensor,
     bank: DualMemoryBank | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     passage_ids: Tensor | None = None,
     row_weighting: str = "local",
     enqueue: bool = True,
     banks: str = "both",
+    symmetric: bool = False,
 ) -> Tensor:
     """Contrastive loss of a micro-batch against two memory banks, then enqueue.
 
@@ -36,7 +50,11 @@ def contaccum_loss(
         passages: (n, m, d), positive first, then hard negatives; (n, d) means m = 1. Same dtype.
         bank: used as it was before this batch; None for in-batch InfoNCE. Local vectors are rounded
             to the bank's dtype. float64 meets only float64; the narrower types mix.
-        temperature: positive number; scores are inner products divided by it.
+        temperature: positive number, or a floating tensor of one element, () or (1,); scores are
+            inner products divided by it. A tensor that requires grad gets the exact gradient of the
+            whole loss; the bank must then be one with ``learn_temperature=True``. Reading a tensor
+            makes the host wait for the device, once a call; a number costs nothing. With another
+            value than last time the bank's table is rebuilt, in O(F^2).
         passage_ids: (n, m) int64. A column with the same id as a row's positive is left out of the
             row unless it is that positive (a false negative); -1 never matches. A bank takes
             batches always with ids or always without.
@@ -47,6 +65,11 @@ def contaccum_loss(
             not count: where loss scaling skips a step because they overflowed, its batch is banked.
         banks: "both"; "passages": banked queries are no loss rows (pre-batch negatives); "queries":
             banked rows meet their own positive and local columns, local rows local columns only.
+        symmetric: give the mean of this loss and of the one in the other direction, whose rows are
+            the positives and whose columns are the queries, banked ones included, with the same
+            masks; hard negatives have no part in it. Only with ``banks="both"``, and with a bank
+            made with ``symmetric=True``, whose two halves must never get out of step: such a bank
+            takes a batch from a symmetric loss alone.
 
     Returns:
         () float32, or float64 for a float64 bank.
@@ -55,76 +78,134 @@ def contaccum_loss(
         TypeError, ValueError, RuntimeError: naming the argument, what was expected and what came.
             The bank is then as it was, to the bit. Differentiating twice is a RuntimeError.
 
-    Source: ContAccum, arXiv 2406.12356, equations 5-9.
+    Source: ContAccum, arXiv 2406.12356, equations 5-9; the other direction as in CLIP,
+    arXiv 2103.00020, section 2.3.
     """
     _check_arguments(queries, passages, bank, passage_ids)
-    scale = 1.0 / validation.positive("temperature", temperature)
     validation.choice("row_weighting", row_weighting, _ROW_WEIGHTING)
     validation.choice("banks", banks, _BANKS)
+    learned = None
+    if isinstance(temperature, Tensor):
+        scale = 1.0 / _value_of(temperature)
+        learned = temperature if temperature.requires_grad and torch.is_grad_enabled() else None
+    else:
+        scale = 1.0 / validation.positive("temperature", temperature)
+    if learned is not None and bank is not None and not bank.learn_temperature:
+        raise ValueError(
+            "temperature: expected one that requires no gradient, since the bank was made without "
+            "learn_temperature=True, got one that does"
+        )
     columns = passages.unsqueeze(1) if passages.dim() == 2 else passages
+    options = _Options(scale, learned, row_weighting == "all", banks, enqueue)
+    if not symmetric:
+        if enqueue and bank is not None and bank.mirror is not None:
+            raise ValueError(
+                "symmetric: expected True, since the bank was made with symmetric=True and is to "
+                "take the batch, got False"
+            )
+        return _one_direction(queries, columns, passage_ids, bank, options)
+    _check_symmetric(queries, columns, passage_ids, bank, banks)
+    return _both_directions(queries, columns, passage_ids, bank, options)
+
+
+def _one_direction(queries, columns, passage_ids, bank, options, companions=None) -> Tensor:
+    """() loss with queries (n, d) for rows and passages (n, m, d) for columns."""
+    o = options
     if bank is None:
         buffers, layout, window = _no_bank(queries, columns), _NO_LAYOUT, -1
         rebuild, use_offsets, decay = ops.REBUILD_NOTHING, False, -1.0
     else:
         buffers, layout, window = bank.buffers_in_order(), bank.layout, bank.window_blocks()
-        rebuild, use_offsets = bank.pending_rebuild(scale, window), bank.use_offsets
+        rebuild, use_offsets = bank.pending_rebuild(o.scale, window), bank.use_offsets
         decay = bank.drift_decay if bank.drift == "mean" else -1.0
+    needs_scale_grad = o.temperature is not None
     needs_grad = torch.is_grad_enabled() and (queries.requires_grad or columns.requires_grad)
     arguments = (
         queries,
         columns,
         passage_ids,
+        companions,
         *buffers,
         (layout.group, layout.offset_block, layout.block),
-        scale,
+        o.scale,
         window,
-        row_weighting == "all",
-        banks != "passages",
-        banks != "queries",
+        o.weight_all_rows,
+        o.banks != "passages",
+        o.banks != "queries",
         use_offsets,
         decay,
-        needs_grad,
-        enqueue,
+        needs_grad or needs_scale_grad,
+        needs_scale_grad,
+        o.enqueue,
         rebuild,
     )
-    if needs_grad:
-        loss = _BankedLoss.apply(queries, columns, arguments)
+    if needs_grad or needs_scale_grad:
+        loss = _BankedLoss.apply(queries, columns, o.temperature, o.scale, arguments)
     else:
         loss = ops.banked_loss_(*arguments)[0]
     if bank is not None:
-        bank.accept(scale, window, passage_ids is not None if enqueue else None)
+        bank.accept(o.scale, window, passage_ids is not None if o.enqueue else None)
         if not torch.compiler.is_compiling():
             # C++ kernels do not bump versions: keep autograd's check of saved tensors alive.
-            torch.autograd.graph.increment_version(buffers)
+            torch.autograd.graph.increment_version([b for b in buffers if b is not None])
     return loss
+
+
+def _both_directions(queries, columns, passage_ids, bank, options) -> Tensor:
+    """() mean of the loss and of that with queries and positives in each other's place."""
+    ids = None if passage_ids is None else passage_ids[:, :1]
+    # So that both directions refuse the same batches, of the same numbers.
+    hard_negatives = columns[:, 1:] if columns.shape[1] > 1 else None
+    mirror = None if bank is None else bank.mirror
+    # The mirror first: all that it holds the bank can give back to it.
+    mirrored = _one_direction(
+        columns[:, 0], queries.unsqueeze(1), ids, mirror, options, hard_negatives
+    )
+    if mirror is None or torch.compiler.is_compiling():
+        loss = _one_direction(queries, columns, passage_ids, bank, options)
+    else:
+        try:
+            loss = _one_direction(queries, columns, passage_ids, bank, options)
+        except BaseException:
+            bank.restore_mirror()
+            raise
+    return (loss + mirrored) / 2
 
 
 class _BankedLoss(torch.autograd.Function):
     """The op and its gradients, computed while the bank is as the loss saw it."""
 
     @staticmethod
-    def forward(ctx, queries, passages, arguments):
-        loss, d_queries, d_passages = ops.banked_loss_(*arguments)
-        ctx.save_for_backward(d_queries, d_passages)
+    def forward(ctx, queries, passages, temperature, scale, arguments):
+        loss, *gradients = ops.banked_loss_(*arguments)
+        ctx.save_for_backward(*gradients)
         # Only for their dtype and to connect second derivatives to their error. Not saved: their
         # values are not used, so whoever changes them in place afterwards does no harm.
-        ctx.inputs = (queries, passages)
+        ctx.inputs, ctx.scale = (queries, passages, temperature), scale
         return loss
 
     @staticmethod
     def backward(ctx, factor):
-        scaled = ops.scaled_gradients(*ctx.saved_tensors, factor, ctx.inputs[0])
+        d_queries, d_passages, d_scale = ctx.saved_tensors
+        queries, _, temperature = ctx.inputs
+        scaled = list(ops.scaled_gradients(d_queries, d_passages, factor, queries))
+        if temperature is None:
+            scaled.append(None)
+        else:
+            d_temperature = factor * d_scale * -(ctx.scale**2)
+            scaled.append(d_temperature.reshape(temperature.shape).to(temperature))
         if torch.is_grad_enabled():  # create_graph=True
-            scaled = [_SecondDerivative.apply(g, *ctx.inputs) for g in scaled]
-        needed = ctx.needs_input_grad[:2]
-        return (*(g if n else None for g, n in zip(scaled, needed, strict=True)), None)
+            inputs = [x for x in ctx.inputs if x is not None]
+            scaled = [None if g is None else _SecondDerivative.apply(g, *inputs) for g in scaled]
+        needed = ctx.needs_input_grad[:3]
+        return (*(g if n else None for g, n in zip(scaled, needed, strict=True)), None, None)
 
 
 class _SecondDerivative(torch.autograd.Function):
     """A gradient whose own derivative is an error instead of silently zero."""
 
     @staticmethod
-    def forward(ctx, grad, queries, passages):
+    def forward(ctx, grad, *inputs):
         return grad.view_as(grad)
 
     @staticmethod
@@ -136,10 +217,20 @@ class _SecondDerivative(torch.autograd.Function):
         )
 
 
-def _no_bank(queries: Tensor, passages: Tensor) -> tuple[Tensor, ...]:
+def _value_of(temperature: Tensor) -> float:
+    """The value of a temperature that is a tensor; the host waits for it."""
+    if not temperature.is_floating_point():
+        raise TypeError(f"temperature: expected a floating tensor, got {temperature.dtype}")
+    if temperature.numel() != 1:
+        raise ValueError(f"temperature: expected one element, got shape {tuple(temperature.shape)}")
+    return validation.positive("temperature", temperature.item())
+
+
+def _no_bank(queries: Tensor, passages: Tensor) -> tuple[Tensor | None, ...]:
     """Buffers of a bank without slots, in the order of the schema."""
     shapes = _NO_LAYOUT.buffers(0, passages.shape[1], queries.shape[-1], queries.dtype)
-    return tuple(queries.new_zeros(shape, dtype=dtype) for shape, dtype in shapes.values())
+    buffers = (queries.new_zeros(shape, dtype=dtype) for shape, dtype in shapes.values())
+    return (*buffers, None)
 
 
 def _check_arguments(queries, passages, bank, passage_ids) -> None:
@@ -165,6 +256,32 @@ def _check_arguments(queries, passages, bank, passage_ids) -> None:
             f"passage_ids: expected as in the bank, which was filled {stored} ids, got {came}; "
             "clear the bank to change"
         )
+
+
+def _check_symmetric(queries, columns, passage_ids, bank, banks) -> None:
+    """What the op would say in the words of the other direction, and what it cannot say."""
+    if banks != "both":
+        raise ValueError(f"banks: expected 'both' with symmetric=True, got {banks!r}")
+    if bank is not None and bank.mirror is None:
+        raise ValueError(
+            "symmetric: expected False, since the bank was made without symmetric=True, got True"
+        )
+    (n, d), m = queries.shape, columns.shape[1]
+    if bank is not None:
+        m, d = bank.passages_per_query, bank.dim
+    expected: list = [("queries", queries, (n, d)), ("passages", columns, (n, m, d))]
+    if passage_ids is not None:
+        expected.append(("passage_ids", passage_ids, (n, m)))
+        if passage_ids.dtype != torch.int64:
+            raise TypeError(f"passage_ids: expected int64, got {passage_ids.dtype}")
+    if not queries.is_floating_point():
+        kinds = "float32, float64, bfloat16 or float16"
+        raise TypeError(f"queries: expected dtype {kinds}, got {queries.dtype}")
+    for name, tensor, shape in expected:
+        if tuple(tensor.shape) != shape or 0 in shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if columns.dtype != queries.dtype:
+        raise TypeError(f"passages: expected {queries.dtype} as queries, got {columns.dtype}")
 
 
 def _check_tensor(name: str, tensor: Tensor, device: torch.device) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 ROW_STATES = 6  # rows of the row_state buffer: enum RowState in csrc/params.h
+EXPECTED_STATES = 4  # the last rows of the expected buffer: enum ExpectedState in csrc/params.h
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -133,3 +134,7 @@ class BankLayout:
             "row_state": ((ROW_STATES, capacity), acc),
             "means": ((2 + self.offset_blocks(capacity), 1 + m, dim), acc),
         }
+
+    def expected_rows(self, capacity: int) -> int:
+        """Rows of the table of expected scores: one for each log-sum-exp of the other table."""
+        return self.blocks(capacity) + self.groups() + EXPECTED_STATES

@@ -2,11 +2,70 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from contaccum_ext import validation
 from contaccum_ext.bank import DualMemoryBank
 from contaccum_ext.functional import contaccum_loss
+
+MAX_SCALE = 100.0  # as in CLIP
+
+
+class LearnedTemperature(nn.Module):
+    """A temperature as CLIP learns it: by the logarithm of the scale, which has a largest value.
+
+    Equivalent to ``1 / min(exp(log_scale), max_scale)``, whose gradient does not vanish at the
+    largest scale: in ``train()`` a call brings the parameter back to it.
+
+    Args:
+        temperature: positive number to begin with; at least ``1 / max_scale``.
+        max_scale: 1 / the smallest temperature; 100 in CLIP.
+        dtype: of the parameter, floating.
+        device: where it lives.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Source: CLIP, arXiv 2103.00020, section 2.5.
+    """
+
+    def __init__(
+        self,
+        temperature: float,
+        max_scale: float = MAX_SCALE,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        scale = 1 / validation.positive("temperature", temperature)
+        self.max_scale = validation.positive("max_scale", max_scale)
+        # Up to what rounding makes of 1 / (1 / max_scale).
+        if scale > self.max_scale * (1 + 1e-12):
+            raise ValueError(
+                f"temperature: expected at least 1 / max_scale = {1 / self.max_scale:g}, "
+                f"got {temperature}"
+            )
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale), dtype=dtype, device=device))
+
+    def forward(self) -> Tensor:
+        """() the temperature, with its graph."""
+        highest = math.log(self.max_scale)
+        if self.training:
+            with torch.no_grad():
+                self.log_scale.clamp_(max=highest)
+        return torch.exp(-self.log_scale.clamp(max=highest))
+
+    @property
+    def value(self) -> float:
+        """The temperature (reads the device)."""
+        return torch.exp(-self.log_scale.detach().clamp(max=math.log(self.max_scale))).item()
+
+    def extra_repr(self) -> str:
+        """Say what ``repr`` shows."""
+        return f"{self.value:.4g}, max_scale={self.max_scale:g}"
 
 
 class ContAccumLoss(nn.Module):
@@ -24,10 +83,15 @@ class ContAccumLoss(nn.Module):
         dtype: what representations are rounded to: float32, float64, bfloat16 or float16.
         device: where the bank lives.
         drift: "none", or "mean": correct old representations by the shift of their mean.
+        learn_temperature: begin with `temperature` and learn it, with the exact gradient of the
+            whole loss: ``learned.log_scale`` is a parameter to be handed to the optimizer, without
+            weight decay. Each call then waits for the device once.
+        max_scale: what 1 / a learned temperature may not exceed.
+        symmetric: mean of this loss and of that with positives as rows and queries as columns.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; for temperature
-            and row_weighting at the first call.
+            (unless learned) and row_weighting at the first call.
 
     Source: ContAccum, arXiv 2406.12356, equations 5-9.
     """
@@ -43,11 +107,40 @@ class ContAccumLoss(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         drift: str = "none",
+        learn_temperature: bool = False,
+        max_scale: float = MAX_SCALE,
+        symmetric: bool = False,
     ) -> None:
         super().__init__()
-        self.bank = DualMemoryBank(capacity, dim, passages_per_query, dtype, device, drift)
-        self.temperature = temperature
+        self.bank = DualMemoryBank(
+            capacity,
+            dim,
+            passages_per_query,
+            dtype,
+            device,
+            drift,
+            learn_temperature=learn_temperature,
+            symmetric=symmetric,
+        )
+        self.learned: LearnedTemperature | None = None
+        if learn_temperature:
+            kind = torch.float64 if dtype == torch.float64 else torch.float32
+            self.learned = LearnedTemperature(temperature, max_scale, kind, device)
+        self._temperature = temperature
         self.row_weighting = row_weighting
+
+    @property
+    def temperature(self) -> float:
+        """What scores are divided by (a learned one is read from the device); may be set."""
+        return self._temperature if self.learned is None else self.learned.value
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        if self.learned is None:
+            self._temperature = value
+        else:
+            with torch.no_grad():
+                self.learned.log_scale.fill_(-math.log(validation.positive("temperature", value)))
 
     def forward(
         self, queries: Tensor, passages: Tensor, passage_ids: Tensor | None = None
@@ -63,11 +156,13 @@ class ContAccumLoss(nn.Module):
             queries,
             passages,
             self.bank if self.training else None,
-            self.temperature,
+            self._temperature if self.learned is None else self.learned(),
             passage_ids,
             self.row_weighting,
+            symmetric=self.bank.mirror is not None,
         )
 
     def extra_repr(self) -> str:
         """Say what ``repr`` shows beside the bank."""
-        return f"temperature={self.temperature}, row_weighting={self.row_weighting!r}"
+        options = f"temperature={self.temperature}, row_weighting={self.row_weighting!r}"
+        return options if self.bank.mirror is None else f"{options}, symmetric=True"

@@ -30,14 +30,15 @@ def op_runs_on(device: torch.device) -> bool:
 
 
 @torch.library.register_fake("contaccum_ext::banked_loss_")
-def _(queries, passages, passage_ids, bank_queries, *rest):
+def _(queries, passages, passage_ids, companions, bank_queries, *rest):
     acc = accumulation_dtype(bank_queries.dtype)
-    with_grad = rest[-3]
+    with_grad, with_scale_grad = rest[-4:-2]
     n = queries.shape[0] if with_grad else 0
     return (
         queries.new_empty((), dtype=acc),
         queries.new_empty((n, *queries.shape[1:]), dtype=acc),
         queries.new_empty((n, *passages.shape[1:]), dtype=acc),
+        queries.new_empty((int(with_scale_grad),), dtype=acc),
     )
 
 

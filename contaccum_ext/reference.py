@@ -24,9 +24,8 @@ class _Slot:
     query: Tensor  # (d,)
     passages: Tensor  # (m, d)
     ids: Tensor  # (m,) int64, -1 where there is none
-    generation: tuple[
-        int, int
-    ]  # (lap around the ring, offset block): slots that share a stored mean
+    # (lap around the ring, offset block): slots that share a stored mean
+    generation: tuple[int, int]
 
 
 class DualMemoryBank:
@@ -88,9 +87,8 @@ class DualMemoryBank:
     def passage_ids(self) -> Tensor:
         """(F, m) int64."""
         ids = [slot.ids for slot in self.slots]
-        return (
-            torch.stack(ids) if ids else torch.zeros(0, self.passages_per_query, dtype=torch.int64)
-        )
+        none = torch.zeros(0, self.passages_per_query, dtype=torch.int64)
+        return torch.stack(ids) if ids else none
 
     def _stack(self, rows: list[Tensor], shape: tuple[int, ...]) -> Tensor:
         return torch.stack(rows) if rows else torch.zeros(0, *shape, dtype=self.dtype)
@@ -146,11 +144,10 @@ class DualMemoryBank:
             v = slot.query[None] if kind == "queries" else slot.passages
             if self.drift == "mean":
                 then = self.block_means[slot.generation][1][part].double()
-                there = (mean if normalize else then) + (v.double() - then)
-                there = there + (v.double() - then) @ slope
+                rest = v.double() - then
+                there = (mean if normalize else then) + rest + rest @ slope
             else:
-                there = image(v)
-                there = there / there.norm(dim=-1, keepdim=True) if normalize else there
+                there = image(v) / (image(v).norm(dim=-1, keepdim=True) if normalize else 1)
             if kind == "queries":
                 slot.query = there[0].to(self.dtype)
             else:
@@ -199,11 +196,12 @@ def contaccum_loss(
     queries: Tensor,
     passages: Tensor,
     bank: Any = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     passage_ids: Tensor | None = None,
     row_weighting: str = "local",
     enqueue: bool = True,
     banks: str = "both",
+    symmetric: bool = False,
     *,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -215,11 +213,13 @@ def contaccum_loss(
         queries: (n, d) floating.
         passages: (n, m, d) floating, positive first; (n, d) means m = 1.
         bank: a `DualMemoryBank` of this module, the package's own, or None.
-        temperature: scores are inner products divided by it.
+        temperature: number, or a floating tensor, () or (1,), which gets its gradient; scores
+            are inner products divided by it.
         passage_ids: (n, m) int64, -1 for none; None leaves nothing out.
         row_weighting: "local" for weights 1/n, "all" for 1/(n + F).
         enqueue: put the batch into the bank afterwards.
         banks: "both", "passages" or "queries": which banked vectors take part.
+        symmetric: the mean with the loss of positives as rows and queries as columns.
         compute_dtype: of all arithmetic; by default float64 for a float64 bank, else float32.
 
     Returns:
@@ -232,6 +232,8 @@ def contaccum_loss(
     (n, d), m = queries.shape, passages.shape[1]
     storage = bank.dtype if bank is not None else queries.dtype
     compute = compute_dtype or accumulation_dtype(storage)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.reshape(()).to(compute)
     scale = 1.0 / temperature
     q = _straight_through(queries, storage, compute)
     p = _straight_through(passages, storage, compute)
@@ -266,11 +268,20 @@ def contaccum_loss(
         absent |= (ids == ids[target][:, None]) & (ids != -1) & ~is_target
     if banks == "queries":  # banked passages only as the targets of their own rows
         absent[:, n * m :] |= ~is_target[:, n * m :]
-    scores = scores.masked_fill(absent, -math.inf)
+    plain, scores = scores, scores.masked_fill(absent, -math.inf)
     per_row = torch.logsumexp(scores, 1) - scores[rows, target]
     if banks == "passages":
         per_row = per_row[:n]
-    loss = per_row.sum() / (n if row_weighting == "local" else len(per_row))
+    weights = n if row_weighting == "local" else len(per_row)
+    loss = per_row.sum() / weights
+    if symmetric:
+        of_positives = plain[:, target].T  # rows: positives, columns: queries
+        if passage_ids is not None:
+            own = ids[target]
+            same = (own == own[:, None]) & (own != -1) & (rows != rows[:, None])
+            of_positives = of_positives.masked_fill(same, -math.inf)
+        per_row = torch.logsumexp(of_positives, 1) - of_positives.diagonal()
+        loss = (loss + per_row.sum() / weights) / 2
 
     if bank is not None and enqueue:
         if _all_finite(queries, passages, storage, scale):
@@ -280,7 +291,9 @@ def contaccum_loss(
     return loss.to(accumulation_dtype(storage))
 
 
-def _all_finite(queries: Tensor, passages: Tensor, storage: torch.dtype, scale: float) -> bool:
+def _all_finite(
+    queries: Tensor, passages: Tensor, storage: torch.dtype, scale: float | Tensor
+) -> bool:
     """True when no scaled squared norm overflows, so that by Cauchy-Schwarz no score can either."""
     acc = accumulation_dtype(storage)
     vectors = torch.cat([queries.detach()[:, None], passages.detach()], 1).to(storage).to(acc)

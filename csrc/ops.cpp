@@ -30,17 +30,29 @@ namespace {
 // The buffers of a bank, in the order of the schema.
 struct BankTensors {
   const Tensor &queries, &passages, &ids, &cursor, &block_lse, &group_lse, &row_state, &means;
+  const std::optional<Tensor>& expected;
 };
 
 BankState state_of(const BankTensors& b) {
-  return {b.queries.mutable_data_ptr(),      b.passages.mutable_data_ptr(),
-          b.ids.mutable_data_ptr<int64_t>(), b.cursor.mutable_data_ptr<int64_t>(),
-          b.block_lse.mutable_data_ptr(),    b.group_lse.mutable_data_ptr(),
-          b.row_state.mutable_data_ptr(),    b.means.mutable_data_ptr()};
+  return {b.queries.mutable_data_ptr(),
+          b.passages.mutable_data_ptr(),
+          b.ids.mutable_data_ptr<int64_t>(),
+          b.cursor.mutable_data_ptr<int64_t>(),
+          b.block_lse.mutable_data_ptr(),
+          b.group_lse.mutable_data_ptr(),
+          b.row_state.mutable_data_ptr(),
+          b.means.mutable_data_ptr(),
+          b.expected ? b.expected->mutable_data_ptr() : nullptr};
 }
 
-void check_batch(const Tensor& queries, const Tensor& passages, const std::optional<Tensor>& ids,
-                 const BankTensors& bank) {
+// What comes in with a call.
+struct BatchTensors {
+  const Tensor &queries, &passages;
+  const std::optional<Tensor>&ids, &companions;
+};
+
+void check_batch(const BatchTensors& batch, const BankTensors& bank) {
+  const Tensor &queries = batch.queries, &passages = batch.passages;
   check_floating("queries", queries);
   check_rank("queries", queries, 2, "(n, d)");
   check_rank("passages", passages, 3, "(n, m, d)");
@@ -57,10 +69,18 @@ void check_batch(const Tensor& queries, const Tensor& passages, const std::optio
                       ? "dtype float64 as the bank's"
                       : "dtype float32, bfloat16 or float16 with a bank narrower than float64",
                   ", got ", dtype_text(queries.scalar_type()));
-  if (!ids) return;
-  check_shape("passage_ids", *ids, {n, m}, "(n, m)");
-  check_dtype("passage_ids", *ids, ScalarType::Long);
-  check_same_device("passage_ids", *ids, queries, "queries");
+  if (batch.ids) {
+    check_shape("passage_ids", *batch.ids, {n, m}, "(n, m)");
+    check_dtype("passage_ids", *batch.ids, ScalarType::Long);
+    check_same_device("passage_ids", *batch.ids, queries, "queries");
+  }
+  if (batch.companions) {
+    const Tensor& c = *batch.companions;
+    check_rank("companions", c, 3, "(n, k, d)");
+    check_shape("companions", c, {n, c.size(1), d}, "(n of queries, k, d of the bank)");
+    check_dtype("companions", c, queries.scalar_type());
+    check_same_device("companions", c, queries, "queries");
+  }
 }
 
 Layout check_bank(const Tensor& queries, const BankTensors& bank,
@@ -85,6 +105,8 @@ Layout check_bank(const Tensor& queries, const BankTensors& bank,
   check_buffer("group_lse", bank.group_lse, {y.groups(), capacity}, acc, queries);
   check_buffer("row_state", bank.row_state, {kRowStates, capacity}, acc, queries);
   check_buffer("means", bank.means, {2 + y.offset_blocks(), 1 + m, d}, acc, queries);
+  if (bank.expected)
+    check_buffer("expected", *bank.expected, {y.expected_rows(), capacity}, acc, queries);
   return y;
 }
 
@@ -93,6 +115,14 @@ void check_options(double scale, double drift_decay, int64_t rebuild) {
                   "scale: expected a positive finite number, got ", scale);
   STD_TORCH_CHECK(drift_decay < 1, "drift_decay: expected a number below 1, got ", drift_decay);
   STD_TORCH_CHECK(rebuild >= 0 && rebuild <= 2, "rebuild: expected 0, 1 or 2, got ", rebuild);
+}
+
+void check_scale_grad(const StepOptions& options, const Layout& y) {
+  STD_TORCH_CHECK(!options.with_scale_grad || options.with_grad,
+                  "with_scale_grad: expected true only with with_grad");
+  STD_TORCH_CHECK(!options.with_scale_grad || options.keep_expected || y.capacity == 0,
+                  "expected: expected a table of expected scores where the gradient of the scale "
+                  "is wanted, got none");
 }
 
 // The widest instruction set of the processor, or the one that CONTACCUM_CPU_ISA names.
@@ -242,17 +272,19 @@ std::tuple<Tensor, Tensor> scaled_cuda(const Tensor& d_queries, const Tensor& d_
 
 // Forward, both gradients and enqueue in one call; see contaccum_ext/reference.py for the meaning.
 // Nothing of the bank is written before every argument has been checked.
-std::tuple<Tensor, Tensor, Tensor> banked_loss(
+std::tuple<Tensor, Tensor, Tensor, Tensor> banked_loss(
     const Tensor& queries, const Tensor& passages, const std::optional<Tensor>& passage_ids,
-    const Tensor& bank_queries, const Tensor& bank_passages, const Tensor& bank_ids,
-    const Tensor& cursor, const Tensor& block_lse, const Tensor& group_lse, const Tensor& row_state,
-    const Tensor& means, const std::vector<int64_t>& layout, double scale, int64_t window_blocks,
-    bool weight_all_rows, bool banked_rows, bool banked_columns, bool use_offsets,
-    double drift_decay, bool with_grad, bool enqueue, int64_t rebuild) {
-  const BankTensors bank{bank_queries, bank_passages, bank_ids,  cursor,
-                         block_lse,    group_lse,     row_state, means};
+    const std::optional<Tensor>& companions, const Tensor& bank_queries,
+    const Tensor& bank_passages, const Tensor& bank_ids, const Tensor& cursor,
+    const Tensor& block_lse, const Tensor& group_lse, const Tensor& row_state, const Tensor& means,
+    const std::optional<Tensor>& expected, const std::vector<int64_t>& layout, double scale,
+    int64_t window_blocks, bool weight_all_rows, bool banked_rows, bool banked_columns,
+    bool use_offsets, double drift_decay, bool with_grad, bool with_scale_grad, bool enqueue,
+    int64_t rebuild) {
+  const BankTensors bank{bank_queries, bank_passages, bank_ids, cursor,  block_lse,
+                         group_lse,    row_state,     means,    expected};
   const Layout y = check_bank(queries, bank, layout);
-  check_batch(queries, passages, passage_ids, bank);
+  check_batch({queries, passages, passage_ids, companions}, bank);
   check_options(scale, drift_decay, rebuild);
   const StepOptions options{scale,
                             window_blocks,
@@ -261,35 +293,46 @@ std::tuple<Tensor, Tensor, Tensor> banked_loss(
                             banked_columns,
                             use_offsets,
                             drift_decay,
+                            expected.has_value(),
                             with_grad,
+                            with_scale_grad,
                             enqueue && y.capacity > 0,
                             static_cast<Rebuild>(rebuild)};
+  check_scale_grad(options, y);
 
   const int64_t n = queries.size(0), gradients = with_grad ? n : 0;
   const ScalarType storage = bank_queries.scalar_type(), acc = accumulation(storage);
   const Tensor q = dense(queries, storage), p = dense(passages, storage);
-  std::optional<Tensor> ids;
+  std::optional<Tensor> ids, beside;
   if (passage_ids) ids = dense(*passage_ids, ScalarType::Long);
+  if (companions) beside = dense(*companions, storage);
   const Tensor loss = empty(queries, {}, acc);
   const Tensor dq = empty(queries, {gradients, y.d}, acc);
   const Tensor dp = empty(queries, {gradients, y.m, y.d}, acc);
+  const Tensor ds = empty(queries, {with_scale_grad ? 1 : 0}, acc);
 
-  const StepArgs step{
-      storage_of(storage),
-      y,
-      state_of(bank),
-      {q.const_data_ptr(), p.const_data_ptr(), ids ? ids->const_data_ptr<int64_t>() : nullptr, n},
-      options,
-      {loss.mutable_data_ptr(), with_grad ? dq.mutable_data_ptr() : nullptr,
-       with_grad ? dp.mutable_data_ptr() : nullptr}};
+  const Batch batch{q.const_data_ptr(),
+                    p.const_data_ptr(),
+                    ids ? ids->const_data_ptr<int64_t>() : nullptr,
+                    n,
+                    beside ? beside->const_data_ptr() : nullptr,
+                    beside ? beside->size(1) : 0};
+  const StepArgs step{storage_of(storage),
+                      y,
+                      state_of(bank),
+                      batch,
+                      options,
+                      {loss.mutable_data_ptr(), with_grad ? dq.mutable_data_ptr() : nullptr,
+                       with_grad ? dp.mutable_data_ptr() : nullptr,
+                       with_scale_grad ? ds.mutable_data_ptr() : nullptr}};
 #ifdef CONTACCUM_WITH_CUDA
   if (!queries.is_cpu()) {
     step_cuda(step, queries);
-    return {loss, dq, dp};
+    return {loss, dq, dp, ds};
   }
 #endif
   step_cpu(step);
-  return {loss, dq, dp};
+  return {loss, dq, dp, ds};
 }
 
 // The gradients that banked_loss_ gave, times the factor that came from behind the loss, rounded
@@ -330,12 +373,13 @@ void run_tasks(int64_t count, void (*task)(int64_t, const void*), const void* co
 
 STABLE_TORCH_LIBRARY(contaccum_ext, m) {
   m.def(
-      "banked_loss_(Tensor queries, Tensor passages, Tensor? passage_ids, "
+      "banked_loss_(Tensor queries, Tensor passages, Tensor? passage_ids, Tensor? companions, "
       "Tensor(a!) bank_queries, Tensor(b!) bank_passages, Tensor(c!) bank_ids, Tensor(d!) cursor, "
       "Tensor(e!) block_lse, Tensor(f!) group_lse, Tensor(g!) row_state, Tensor(h!) means, "
-      "int[] layout, float scale, int window_blocks, bool weight_all_rows, bool banked_rows, "
-      "bool banked_columns, bool use_offsets, float drift_decay, bool with_grad, bool enqueue, "
-      "int rebuild) -> (Tensor loss, Tensor d_queries, Tensor d_passages)");
+      "Tensor(i!)? expected, int[] layout, float scale, int window_blocks, bool weight_all_rows, "
+      "bool banked_rows, bool banked_columns, bool use_offsets, float drift_decay, bool with_grad, "
+      "bool with_scale_grad, bool enqueue, int rebuild) -> "
+      "(Tensor loss, Tensor d_queries, Tensor d_passages, Tensor d_scale)");
   m.def(
       "scaled_gradients(Tensor d_queries, Tensor d_passages, Tensor factor, Tensor like) -> "
       "(Tensor, Tensor)");

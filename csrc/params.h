@@ -11,6 +11,17 @@ namespace contaccum {
 
 enum class Storage : int { f32, f64, bf16, f16 };
 
+// BankState::expected: for each log-sum-exp of the table the expected score of the same columns
+// under their softmax, 0 where there are none. First the entries of block_lse, then those of
+// group_lse, then these rows, each of length C.
+enum ExpectedState : int {
+  kRowExpected,    // of kRowLse
+  kBaseExpected,   // of kBaseLse
+  kFreshWeighted,  // of kFreshSum, as a sum too: of exp(score - max) * score
+  kOldExpected,    // of kOldLse
+  kExpectedStates
+};
+
 // How slots are grouped; see contaccum_ext/layout.py. group | offset_block | block.
 struct Layout {
   int64_t capacity, m, d;
@@ -18,6 +29,7 @@ struct Layout {
 
   int64_t blocks() const { return (capacity + block - 1) / block; }
   int64_t groups() const { return block / group; }
+  int64_t expected_rows() const { return blocks() + groups() + kExpectedStates; }
   int64_t offset_blocks() const { return (capacity + offset_block - 1) / offset_block; }
   int64_t block_begin(int64_t b) const { return b * block; }
   int64_t block_end(int64_t b) const {
@@ -48,6 +60,7 @@ struct BankState {
   void* row_state;  // (kRowStates, C) acc
   void* means;      // (2 + offset_blocks, 1 + m, d) acc: running mean; one per block; one for the
                     // part of head's offset block that head has yet to overwrite. [.., 0] queries
+  void* expected;   // (expected_rows, C) acc, or null where the gradient of the scale is not kept
 };
 
 struct Batch {
@@ -55,6 +68,8 @@ struct Batch {
   const void* passages;  // (n, m, d) storage, positive first
   const int64_t* ids;    // (n, m) or null
   int64_t n;
+  const void* companions;   // (n, companion_count, d) storage: enqueued only if they are finite too
+  int64_t companion_count;  // of a row; perhaps 0
 };
 
 enum class Rebuild : int { none, window, table };
@@ -67,7 +82,9 @@ struct StepOptions {
   bool banked_columns;    // banked passages are columns (else only targets of their own rows)
   bool use_offsets;       // scores against banked vectors use mean_now - mean_of_block
   double drift_decay;     // decay of the running mean; negative: the mean is not tracked
+  bool keep_expected;     // BankState::expected is there
   bool with_grad;
+  bool with_scale_grad;  // only with with_grad, and where rows are banked with keep_expected
   bool enqueue;
   Rebuild rebuild;  // what of the table no longer fits scale or window
 };
@@ -76,6 +93,7 @@ struct StepOutput {
   void* loss;        // () acc
   void* d_queries;   // (n, d) acc, or null without gradients
   void* d_passages;  // (n, m, d) acc, or null
+  void* d_scale;     // () acc, or null
 };
 
 // A step, wherever it runs: all pointers are of one device.

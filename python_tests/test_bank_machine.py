@@ -18,9 +18,10 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from strategies import MAX_ID, NARROW, TEMPERATURES, examples, layouts, scratch_table
-from tolerances import Kernels, Sizes, assert_loss, assert_table, bounds
+from strategies import MAX_ID, NARROW, TEMPERATURES, examples, layouts
+from tolerances import Kernels, Sizes, assert_scalar, assert_table, bounds
 from torch import Tensor
+from twins import scratch_table
 
 import contaccum_ext as ca
 from contaccum_ext import reference
@@ -119,7 +120,7 @@ class BankAgainstList(RuleBasedStateMachine):
         exact = reference.contaccum_loss(*arguments, enqueue=False, compute_dtype=torch.float64)
         before = self.bank.queries()
         ours = ca.contaccum_loss(*arguments, enqueue=enqueue)
-        assert_loss(ours, same, exact, self.tolerances(n).loss)
+        assert_scalar("loss", ours, same, exact, self.tolerances(n).loss)
         if enqueue:
             self.append(q.detach(), p, ids)
         else:

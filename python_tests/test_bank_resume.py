@@ -7,9 +7,9 @@ import io
 
 import pytest
 import torch
-from strategies import scratch_table
 from tolerances import Kernels, Sizes, assert_table, bounds
 from torch import nn
+from twins import scratch_table
 
 import contaccum_ext as ca
 
@@ -22,13 +22,25 @@ OPTIONS = {
     "offsets, window, ids": {"offsets": True, "window": 5, "ids": True},
     "bf16, drift": {"dtype": torch.bfloat16, "drift": "mean"},
     "fp64": {"dtype": torch.float64},
+    "learned temperature": {"learn_temperature": True, "window": 9, "ids": True},
+    "learned temperature, bf16": {"learn_temperature": True, "dtype": torch.bfloat16},
+    "symmetric": {"symmetric": True, "ids": True},
+    "symmetric, everything": {
+        "symmetric": True,
+        "learn_temperature": True,
+        "offsets": True,
+        "window": 5,
+    },
 }
+KINDS = ("learn_temperature", "symmetric")
 TAU = 0.3
 
 
 def new_bank(options, device):
     dtype = options.get("dtype", torch.float32)
-    return ca.DualMemoryBank(21, 6, 2, dtype, device, options.get("drift", "none"), layout=LAYOUT)
+    kinds = {kind: options.get(kind, False) for kind in KINDS}
+    drift = options.get("drift", "none")
+    return ca.DualMemoryBank(21, 6, 2, dtype, device, drift, layout=LAYOUT, **kinds)
 
 
 def configured(options, device):
@@ -48,8 +60,12 @@ def train(bank, first: int, last: int, options) -> list[torch.Tensor]:
         q = torch.randn(n, 6, **kind, requires_grad=True)
         p = torch.randn(n, 2, 6, **kind, requires_grad=True)
         ids = torch.randint(-1, 5, (n, 2), device=kind["device"]) if options.get("ids") else None
-        loss = ca.contaccum_loss(q, p, bank, TAU, ids)
-        results += [loss.detach(), *torch.autograd.grad(loss, (q, p))]
+        inputs = [q, p]
+        if options.get("learn_temperature"):  # a new scale every five steps
+            inputs.append(torch.tensor(TAU + step // 5, **kind, requires_grad=True))
+        tau = TAU if len(inputs) == 2 else inputs[2]
+        loss = ca.contaccum_loss(q, p, bank, tau, ids, symmetric=bank.mirror is not None)
+        results += [loss.detach(), *torch.autograd.grad(loss, inputs)]
         if step == 2 and options.get("offsets"):
             blocks = LAYOUT.offset_blocks(bank.capacity)
             bank.set_offsets(torch.randn(blocks, 6), torch.randn(blocks, 2, 6))

@@ -40,7 +40,7 @@ def fresh_dynamo():
 @pytest.mark.parametrize("with_grad", [False, True])
 def test_opcheck(with_grad, with_ids, slots):
     arguments = raw_arguments(bank_with("cpu", with_ids, slots, drift="mean"))
-    arguments[19] = with_grad
+    arguments[21] = with_grad
     if with_ids:
         arguments[2] = ids("cpu", 3, 2)
     done = torch.library.opcheck(torch.ops.contaccum_ext.banked_loss_.default, arguments)
@@ -60,13 +60,25 @@ def test_opcheck_of_mixed_dtypes(given, stored):
     )
 
 
+@pytest.mark.parametrize("slots", [0, 9])
+def test_opcheck_of_a_learned_temperature_beside_companions(slots):
+    arguments = raw_arguments(bank_with("cpu", slots=slots, learn_temperature=True))
+    arguments[22] = True
+    arguments[3] = torch.randn(3, 2, 4)
+    done = torch.library.opcheck(torch.ops.contaccum_ext.banked_loss_.default, arguments)
+    assert set(done.values()) == {"SUCCESS"} and len(done) == 4, done
+
+
 class Trainer:
     """A tower, a bank and a step; the same data for every instance."""
 
-    def __init__(self, device, compile_with=None, drift="mean", with_ids=False, **options):
+    def __init__(
+        self, device, compile_with=None, drift="mean", with_ids=False, kinds=None, **options
+    ):
         torch.manual_seed(0)
         self.tower = nn.Linear(FEATURES, D, device=device)
-        self.bank = ca.DualMemoryBank(CAPACITY, D, M, device=device, drift=drift)
+        kinds = kinds or {}
+        self.bank = ca.DualMemoryBank(CAPACITY, D, M, device=device, drift=drift, **kinds)
         self.with_ids, self.device = with_ids, device
         self.generator = torch.Generator().manual_seed(1)
         self.step = self.forward
@@ -74,7 +86,10 @@ class Trainer:
             self.step = torch.compile(self.forward, backend=compile_with, fullgraph=True, **options)
 
     def forward(self, x, y, given):
-        return ca.contaccum_loss(self.tower(x), self.tower(y), self.bank, 0.5, given)
+        both = self.bank.mirror is not None
+        return ca.contaccum_loss(
+            self.tower(x), self.tower(y), self.bank, 0.5, given, symmetric=both
+        )
 
     def __call__(self, n=N):
         """Loss and gradients of the tower, then a step of SGD."""
@@ -116,6 +131,25 @@ def test_aot_eager_gives_the_same_bits(device):
         for a, b in zip(compiled(), eager(), strict=True):
             assert torch.equal(a, b)
     assert_same_state(compiled.bank, state(eager.bank))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["learn_temperature", "symmetric"])
+def test_banks_that_keep_more_compile_too(device, backend, kind):
+    """Whole graphs, with a number for the temperature."""
+    counter = CompileCounterWithBackend(backend)
+    options = {"with_ids": True, "kinds": {kind: True}}
+    eager, compiled = (Trainer(device, with_, **options) for with_ in (None, counter))
+    for step in range(12):
+        if step == 3:
+            warm = counter.frame_count
+        assert_close_steps(compiled(), eager())
+    assert 0 < warm == counter.frame_count
+    for bank in (compiled.bank, compiled.bank.mirror or compiled.bank):
+        assert len(bank) == CAPACITY
+    if kind == "symmetric":
+        mirror = compiled.bank.mirror
+        assert torch.equal(mirror.queries(), compiled.bank.passages()[:, 0])
 
 
 def test_other_batch_sizes_compile_at_most_once_more(device):
@@ -182,7 +216,7 @@ def bank_arguments(code: str) -> list[str]:
             arguments.append("")
         else:
             arguments[-1] += character
-    return [argument.strip() for argument in arguments[3:11]]
+    return [argument.strip() for argument in arguments[4:12]]
 
 
 GRAPH_INPUT = re.compile(r"(primals_|arg)\d+(_1)?")
@@ -202,12 +236,12 @@ def test_the_look_at_generated_code_can_fail():
     """A step on copies, of which it returns one: both looks see all eight."""
     bank = ca.DualMemoryBank(CAPACITY, D, M)
     q, p = torch.randn(N, D), torch.randn(N, M, D)
-    options = raw_arguments(bank)[11:]
+    options = raw_arguments(bank)[12:]
 
     @torch.compile(backend="inductor", fullgraph=True)
     def on_copies(q, p):
-        copies = [buffer.clone() for buffer in bank.buffers_in_order()]
-        out = torch.ops.contaccum_ext.banked_loss_(q, p, None, *copies, *options)
+        copies = [buffer.clone() for buffer in bank.buffers_in_order()[:8]]
+        out = torch.ops.contaccum_ext.banked_loss_(q, p, None, None, *copies, *options)
         return out[0], copies[0]
 
     before = state(bank)

@@ -62,7 +62,13 @@ def loss_module(compiler):
     return lambda x, y: compiled(tower(x), tower(y))
 
 
-@pytest.mark.parametrize("step", [attribute, module, argument, loss_module])
+def both_ways(compiler):
+    tower, loss = nn.Linear(FEATURES, D), ca.ContAccumLoss(CAPACITY, D, M, symmetric=True)
+    compiled = torch.compile(loss, backend=compiler, fullgraph=True)
+    return lambda x, y: compiled(tower(x), tower(y))
+
+
+@pytest.mark.parametrize("step", [attribute, module, argument, loss_module, both_ways])
 def test_the_compiler_knows_that_the_banks_buffers_stay_where_they_are(step):
     """What inductor asks of inputs that a CUDA graph mutates; it is decided before any device."""
     seen = []
@@ -79,7 +85,7 @@ def test_the_compiler_knows_that_the_banks_buffers_stay_where_they_are(step):
     forward = [(mutated, static) for mutated, static in seen if mutated]
     assert forward
     for mutated, static in forward:
-        assert len(mutated) == 8 and mutated <= static
+        assert len(mutated) == (16 if step is both_ways else 8) and mutated <= static
 
 
 @pytest.fixture
@@ -95,11 +101,13 @@ def replays(monkeypatch):
 
 @needs_cuda
 @needs_compiler
+@pytest.mark.parametrize("kind", ["plain", "symmetric", "learn_temperature"])
 @pytest.mark.parametrize("with_ids", [False, True])
-def test_training_steps_replay_a_graph(replays, with_ids):
+def test_training_steps_replay_a_graph(replays, with_ids, kind):
     """20 steps, more than two laps: as eager, without falling back and without compiling anew."""
-    eager = Trainer("cuda", with_ids=with_ids)
-    compiled = Trainer("cuda", "inductor", with_ids=with_ids, mode="reduce-overhead")
+    options = {"with_ids": with_ids, "kinds": {} if kind == "plain" else {kind: True}}
+    eager = Trainer("cuda", **options)
+    compiled = Trainer("cuda", "inductor", **options, mode="reduce-overhead")
     warm = 5  # two compilations (the first call fills the table), then a warm-up, then a recording
     for step in range(20):
         if step == warm:

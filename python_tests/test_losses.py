@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from test_op_refusals import assert_same_state, state
@@ -90,6 +92,80 @@ def test_it_has_no_parameters_and_its_bank_moves_with_it(device):
     assert loss_fn.half().bank.dtype == torch.float16
     assert isinstance(loss_fn.bank.block_lse, torch.Tensor)
     assert loss_fn.bank.block_lse.dtype == torch.float32
+
+
+class TestLearnedTemperature:
+    def learning(self, device, **options):
+        options = {"temperature": 0.05, "device": device, "learn_temperature": True, **options}
+        return ca.ContAccumLoss(7, 6, 2, **options)
+
+    @pytest.mark.parametrize("symmetric", [False, True])
+    def test_training_equals_the_function(self, device, symmetric):
+        """With the gradient of the logarithm of the scale, by the chain rule."""
+        loss_fn = self.learning(device, symmetric=symmetric)
+        kinds = {"learn_temperature": True, "symmetric": symmetric}
+        bank = ca.DualMemoryBank(7, 6, 2, device=device, **kinds)
+        (log_scale,) = loss_fn.parameters()
+        optimizer = torch.optim.SGD([log_scale], 0.01)
+        for q, p, _ in batches(device, 8):
+            tau = torch.exp(-log_scale.detach()).requires_grad_()
+            assert loss_fn.temperature == tau.item()
+            expected = ca.contaccum_loss(q, p, bank, tau, symmetric=symmetric)
+            got = loss_fn(q, p)
+            assert torch.equal(got, expected)
+            optimizer.zero_grad()
+            got.backward()
+            expected.backward()
+            torch.testing.assert_close(log_scale.grad, -tau.grad * tau.detach())
+            optimizer.step()
+        assert_same_state(loss_fn.bank, state(bank))
+
+    def test_evaluation_has_the_learned_temperature_and_no_bank(self, device):
+        loss_fn = self.learning(device).eval()
+        q, p, _ = next(batches(device, 1))
+        expected = ca.contaccum_loss(q, p, None, loss_fn.temperature)
+        assert torch.equal(loss_fn(q, p), expected)
+        assert len(loss_fn.bank) == 0
+
+    def test_the_scale_stays_below_its_maximum_and_comes_back(self, device):
+        loss_fn = self.learning(device, max_scale=21.0)
+        with torch.no_grad():
+            loss_fn.learned.log_scale.add_(1.0)
+        assert loss_fn.temperature == pytest.approx(1 / 21)
+        *_, (q, p, _) = batches(device, 4)
+        loss_fn(0.1 * q, 0.1 * p).backward()
+        assert loss_fn.learned.log_scale.item() == pytest.approx(math.log(21))
+        assert loss_fn.learned.log_scale.grad.abs() > 0  # it is not stuck there
+
+    def test_the_temperature_can_be_set(self, device):
+        for loss_fn in (self.learning(device), ca.ContAccumLoss(7, 6, device=device)):
+            loss_fn.temperature = 0.5
+            assert loss_fn.temperature == pytest.approx(0.5)
+
+    def test_its_state_and_its_device_are_the_modules(self, device):
+        source, target = self.learning(device), self.learning(device, temperature=0.1)
+        assert "learned.log_scale" in source.state_dict()
+        target.load_state_dict(source.state_dict())
+        assert target.temperature == source.temperature
+        assert "learned" in repr(source)
+
+    @pytest.mark.parametrize("temperature", [0.0, 0.005, -1.0])
+    def test_a_temperature_out_of_range_is_refused(self, temperature):
+        with pytest.raises(ValueError, match="temperature"):
+            self.learning("cpu", temperature=temperature)
+
+
+def test_the_symmetric_loss_equals_the_function(device):
+    loss_fn = ca.ContAccumLoss(7, 6, 2, device=device, symmetric=True, drift="mean")
+    bank = ca.DualMemoryBank(7, 6, 2, device=device, symmetric=True, drift="mean")
+    for q, p, ids in batches(device, 8):
+        expected = ca.contaccum_loss(q, p, bank, 1.0, ids, symmetric=True)
+        assert torch.equal(loss_fn(q, p, ids), expected)
+        alone = ca.contaccum_loss(q, p, None, 1.0, ids, symmetric=True)
+        assert torch.equal(loss_fn.eval()(q, p, ids), alone)
+        loss_fn.train()
+    assert_same_state(loss_fn.bank, state(bank))
+    assert "symmetric=True" in repr(loss_fn)
 
 
 @pytest.mark.parametrize("name", ["capacity", "dim", "passages_per_query"])

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from strategies import Setup, Step, Twins
+from strategies import Setup, Step
 from test_op_refusals import assert_same_state, state
 from tolerances import Kernels, Sizes, bounds
 from torch import nn
+from twins import Twins
 
 import contaccum_ext as ca
 from contaccum_ext import reference

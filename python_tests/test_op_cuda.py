@@ -24,6 +24,31 @@ CASES = {
         "n": 30,
         "dtype": torch.float32,
     },
+    "bf16, a second table": {
+        "capacity": 512,
+        "d": 256,
+        "m": 2,
+        "n": 24,
+        "dtype": torch.bfloat16,
+        "learn_temperature": True,
+    },
+    "fp32, both directions": {
+        "capacity": 300,
+        "d": 48,
+        "m": 2,
+        "n": 8,
+        "dtype": torch.float32,
+        "learn_temperature": True,
+        "symmetric": True,
+    },
+    "fp16, both directions": {
+        "capacity": 1024,
+        "d": 64,
+        "m": 2,
+        "n": 40,
+        "dtype": torch.float16,
+        "symmetric": True,
+    },
 }
 
 
@@ -31,9 +56,9 @@ CASES = {
 CHOICES = {"the best": tuple(FAMILIES), "library": ("library",)}
 
 
-def setting(capacity, d, m, n, dtype, drift="mean", device="cuda"):
+def setting(capacity, d, m, n, dtype, drift="mean", device="cuda", **kinds):
     torch.manual_seed(0)
-    bank = ca.DualMemoryBank(capacity, d, m, dtype, device, drift)
+    bank = ca.DualMemoryBank(capacity, d, m, dtype, device, drift, **kinds)
     given = torch.float64 if dtype == torch.float64 else torch.float32
     vectors = torch.nn.functional.normalize(torch.randn(40, n, 1 + m, d, dtype=given), dim=-1)
     ids = torch.randint(-1, 30, (40, n, m))
@@ -43,7 +68,7 @@ def setting(capacity, d, m, n, dtype, drift="mean", device="cuda"):
 def step(bank, vectors, ids, out):
     """Loss and gradients of one batch into `out`, batch into the bank."""
     q, p = vectors[:, 0].detach().requires_grad_(), vectors[:, 1:].detach().requires_grad_()
-    loss = ca.contaccum_loss(q, p, bank, 0.1, ids)
+    loss = ca.contaccum_loss(q, p, bank, 0.1, ids, symmetric=bank.mirror is not None)
     for target, value in zip(out, (loss, *torch.autograd.grad(loss, (q, p))), strict=True):
         target.copy_(value.detach())
 

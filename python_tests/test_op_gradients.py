@@ -146,6 +146,7 @@ def raw_call(bank: ca.DualMemoryBank, q: Tensor, p: Tensor, with_grad: bool):
         q,
         p,
         None,
+        None,
         *bank.buffers_in_order(),
         [y.group, y.offset_block, y.block],
         1.0,
@@ -157,6 +158,7 @@ def raw_call(bank: ca.DualMemoryBank, q: Tensor, p: Tensor, with_grad: bool):
         -1.0,
         with_grad,
         False,
+        False,
         0,
     )
 
@@ -166,8 +168,8 @@ def test_without_grad_no_gradients_are_computed(device):
     bank = filled_bank(device)
     q, p, _ = batch(device)
     with_grad, without = raw_call(bank, q, p, True), raw_call(bank, q, p, False)
-    assert [x.shape for x in with_grad] == [(), (4, 3), (4, 2, 3)]
-    assert [x.shape for x in without] == [(), (0, 3), (0, 2, 3)]
+    assert [x.shape for x in with_grad] == [(), (4, 3), (4, 2, 3), (0,)]
+    assert [x.shape for x in without] == [(), (0, 3), (0, 2, 3), (0,)]
     assert torch.equal(with_grad[0], without[0])
 
 

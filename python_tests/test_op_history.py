@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from strategies import Setup, Step, Twins, examples, histories, setups
+from strategies import Setup, Step, examples, histories, setups
+from twins import Twins
 
 import contaccum_ext as ca
 

@@ -11,7 +11,9 @@ import pytest
 HISTORIES = """
 import torch
 import contaccum_ext as ca
-from strategies import Setup, Step, Twins
+from dataclasses import replace
+from strategies import Setup, Step
+from twins import Twins
 
 torch.set_num_threads(1)
 LAPS = [Step("loss", n) for n in (3, 5, 1, 8, 2, 7, 4, 6, 30)]
@@ -20,9 +22,11 @@ for d in (1, 16, 33, 100):
     for bank, given in ((F32, F32), (F64, F64), (torch.bfloat16, F32), (torch.float16, F32)):
         for drift in ("none", "mean"):
             layout = ca.BankLayout(2, 4, 8)
-            twins = Twins(Setup(23, d, 2, layout, bank, given, drift, True, seed=d), "cpu")
-            for step in LAPS:
-                twins.run(step)
+            setup = Setup(23, d, 2, layout, bank, given, drift, True, seed=d)
+            for learn in (False, True):
+                twins = Twins(replace(setup, learn=learn), "cpu")
+                for step in LAPS:
+                    twins.run(step)
 twins = Twins(Setup(100, 384, 2, None, F32, F32, size=0.2), "cpu")
 for n in (100, 1500):  # dp in two passes
     twins.run(Step("loss", n))

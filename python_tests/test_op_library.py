@@ -11,11 +11,12 @@ import torch
 from conftest import FAMILIES, choose_kernels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from strategies import Setup, Step, Twins, examples, histories, setups
+from strategies import Setup, Step, examples, histories, setups
 from test_op_history import LAPS
 from test_op_nonfinite import assert_refused_by_the_bank
 from test_op_refusals import assert_same_state, state
 from tolerances import Kernels
+from twins import Twins
 
 import contaccum_ext as ca
 

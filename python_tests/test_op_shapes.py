@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from strategies import Setup, Step, Twins
+from strategies import Setup, Step
+from twins import Twins
 
 import contaccum_ext as ca
 

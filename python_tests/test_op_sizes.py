@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from strategies import scratch_table
-from tolerances import Kernels, Sizes, assert_gradient, assert_loss, assert_table, bounds
+from tolerances import Kernels, Sizes, assert_gradient, assert_scalar, assert_table, bounds
 from torch import Tensor
+from twins import scratch_table
 
 import contaccum_ext as ca
 from contaccum_ext import reference
@@ -200,7 +200,7 @@ class History:
         q, p = q.requires_grad_(), p.requires_grad_()
         loss = ca.contaccum_loss(q, p, bank, TAU, ids)
         dq, dp = torch.autograd.grad(loss, (q, p))
-        assert_loss(loss.detach(), same_loss, exact_loss, tol.loss)
+        assert_scalar("loss", loss.detach(), same_loss, exact_loss, tol.loss)
         assert_gradient("dq", dq, same[0], exact[0], tol.dq, tol.dq_l2)
         assert_gradient("dp", dp, same[1], exact[1], tol.dp, tol.dp_l2)
 

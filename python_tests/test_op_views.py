@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from strategies import Setup, Step, Twins
+from strategies import Setup, Step
 from test_op_refusals import assert_same_state, state
+from twins import Twins
 
 import contaccum_ext as ca
 

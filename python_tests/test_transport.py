@@ -22,12 +22,17 @@ def vectors(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> torch.Tenso
 
 
 def filled_bank(
-    device: str, dtype: torch.dtype = F64, slots: int = 30, drift: str = "none"
+    device: str,
+    dtype: torch.dtype = F64,
+    slots: int = 30,
+    drift: str = "none",
+    symmetric: bool = False,
 ) -> ca.DualMemoryBank:
-    bank = ca.DualMemoryBank(CAPACITY, D, M, dtype, device, drift, layout=LAYOUT)
+    options = {"layout": LAYOUT, "symmetric": symmetric}
+    bank = ca.DualMemoryBank(CAPACITY, D, M, dtype, device, drift, **options)
     for begin in range(0, slots, 5):
         batch = vectors(5, seed=begin), vectors(5, M, seed=begin + 1)
-        ca.contaccum_loss(*(x.to(device, dtype) for x in batch), bank, 0.2)
+        ca.contaccum_loss(*(x.to(device, dtype) for x in batch), bank, 0.2, symmetric=symmetric)
     return bank
 
 
@@ -91,8 +96,9 @@ def test_probes_that_stay_leave_the_bank_as_it_is(device):
     [("none", True), ("none", False), ("mean", True), ("mean", False)],
     ids=["normalized", "as they are", "about the mean now", "about their means"],
 )
-def test_loss_and_gradients_after_transport_are_the_oracle_s(device, slots, drift, unit):
-    bank = filled_bank(device, slots=slots, drift=drift)
+@pytest.mark.parametrize("both", [False, True], ids=["one way", "symmetric"])
+def test_loss_and_gradients_after_transport_are_the_oracle_s(device, slots, drift, unit, both):
+    bank = filled_bank(device, slots=slots, drift=drift, symmetric=both)
     oracle = reference.DualMemoryBank(CAPACITY, D, M, F64, drift, layout=LAYOUT)
     for begin in range(0, slots, 5):
         oracle.enqueue(vectors(5, seed=begin), vectors(5, M, seed=begin + 1))
@@ -109,7 +115,7 @@ def test_loss_and_gradients_after_transport_are_the_oracle_s(device, slots, drif
             q = vectors(5, seed=50 + step).to(place).requires_grad_()
             p = vectors(5, M, seed=60 + step).to(place).requires_grad_()
             function = ca.contaccum_loss if memory is bank else reference.contaccum_loss
-            loss = function(q, p, memory, 0.2)
+            loss = function(q, p, memory, 0.2, symmetric=both)
             results.append([x.cpu() for x in (loss.detach(), *torch.autograd.grad(loss, (q, p)))])
         torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
     assert (bank.bank_queries[len(bank) :] == 0).all()  # what is not filled is not moved

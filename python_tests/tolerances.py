@@ -46,6 +46,16 @@ largest |score| (Cauchy-Schwarz), w the row weight.
   by 2 r + r^2 of itself: e_s grows by (2 r + r^2) S, in the loss and in the table, and e_P, for the
   products with probabilities, by 2 r + r^2. Targets' scores are not among those products.
 
+- Expected score, of a block or a row: a sum of P_ij s_ij, one product and one sum a term. The table
+  keeps it beside the log-sum-exp, on the same way; on each of its at most 6 stations it is a mean
+  with weights exp(lse_k - lse), off by 2 e_lse, and is rounded at magnitude S:
+      e_E = e_s + S (e_P + 5 g(N) + 6 (2 e_lse + 4 u + u))
+- Gradient of the temperature: -scale (sum_l <q_l, dq_l> + w sum_i (E_i - s_i)), l over local and i
+  over banked rows:
+      scale (n X (dq's bound for a row + g(d) scale w 2 X) + F w (e_E + e_s + 2 u S)) + u |value|
+  The last for the sum, in float64, rounded at the end; 3 u more for the product with the upstream
+  factor and with -scale^2.
+
 In L2 the rows of dq are taken together (sqrt(n) times a row's bound), likewise the columns of dp,
 except that all of them share the mass R, and sqrt(R) for Q, since a row's sum is 1. That is sharper
 than what elementwise bounds imply. An error of relative size r in L2 turns a vector by an angle of
@@ -96,6 +106,8 @@ class Bounds:
     dq_l2: float
     dp: float
     dp_l2: float
+    expected: float
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -148,6 +160,12 @@ def bounds(s: Sizes, storage: torch.dtype, kernels: Kernels) -> Bounds:
             mass * ((e_p + g(rows) + 4 * u) * v + e_mean) + e_w(spread, rows * together) * v
         )
 
+    e_expected = e_s + largest * (e_p + 5 * g(columns) + 6 * (2 * e_lse + 5 * u))
+    of_local = s.n * s.norm * (dq(s.norm) + g(s.d) * unit * 2 * s.norm)
+    of_banked = s.filled * s.row_weight * (e_expected + e_s + 2 * u * largest)
+    temperature = s.scale * (of_local + of_banked)
+    largest_temperature = s.scale * rows * s.row_weight * 2 * largest
+
     both = 2.0 if accumulation == torch.float64 else 1.0
     return Bounds(
         loss=both * loss,
@@ -157,26 +175,41 @@ def bounds(s: Sizes, storage: torch.dtype, kernels: Kernels) -> Bounds:
         dq_l2=both * math.sqrt(s.n) * dq(s.norm),
         dp=both * dp(s.component),
         dp_l2=both * dp(s.norm, s.n * s.m),
+        expected=both * e_expected,
+        temperature=both * (temperature + 4 * u * largest_temperature),
     )
 
 
-def assert_loss(ours: Tensor, same: Tensor, exact: Tensor, atol: float) -> None:
-    """ours, same and exact: () losses of the op, of same-precision PyTorch, of float64."""
+def assert_scalar(name: str, ours: Tensor, same: Tensor, exact: Tensor, atol: float) -> None:
+    """ours, same and exact: () of the op, of same-precision PyTorch, of float64."""
     x = exact.double()
     rounding = torch.finfo(ours.dtype).eps / 2 * x.abs()
     allowed = 2 * (same.double() - x).abs() + atol + rounding
     error = (ours.double() - x).abs()
-    assert error <= allowed, f"loss {ours.item()} is {error:.3g} off {x:.9g}, allowed {allowed:.3g}"
+    assert error <= allowed, (
+        f"{name} {ours.item()} is {error:.3g} off {x:.9g}, allowed {allowed:.3g}"
+    )
 
 
 def assert_gradient(
-    name: str, ours: Tensor, same: Tensor, exact: Tensor, atol: float, atol_l2: float
+    name: str,
+    ours: Tensor,
+    same: Tensor,
+    exact: Tensor,
+    atol: float,
+    atol_l2: float,
+    rounded: Tensor | None = None,
 ) -> None:
-    """The rule elementwise, in relative L2, and for the direction."""
+    """The rule elementwise, in relative L2, and for the direction.
+
+    rounded: magnitudes of what is rounded to a narrower type on the way, added up, where that is
+        more than the gradient: two directions and their sum.
+    """
     assert ours.shape == exact.shape, (name, ours.shape, exact.shape)
     kind = torch.finfo(ours.dtype)
     g, x, t = (v.detach().double().flatten() for v in (ours, exact, same))
-    rounding = kind.eps / 2 * x.abs() + kind.smallest_normal * kind.eps / 2
+    of, times = (x.abs(), 1) if rounded is None else (rounded.double().flatten(), 3)
+    rounding = kind.eps / 2 * of + times * kind.smallest_normal * kind.eps / 2
     error, allowed = (g - x).abs(), 2 * (t - x).abs() + atol + rounding
     worst = (error - allowed).argmax()
     assert (error <= allowed).all(), (
@@ -194,7 +227,7 @@ def assert_gradient(
 
 
 def assert_table(ours: Tensor, exact: Tensor, atol: float) -> None:
-    """Invariant T: empty entries are -inf on both sides, the others within atol."""
+    """A table's entries: empty log-sum-exps are -inf on both sides, the others within atol."""
     assert ours.shape == exact.shape, (ours.shape, exact.shape)
     empty = exact == -math.inf
     assert torch.equal(ours == -math.inf, empty)

@@ -39,6 +39,7 @@ class History:
     temperature: float = 0.1
     rebuild: bool = False
     empty: bool = False  # to begin with
+    both: bool = False  # a temperature that is learned, and the loss in both directions
 
 
 HISTORIES = {
@@ -63,6 +64,10 @@ HISTORIES = {
     "portable-large": History(20, 16, 2, 30, F32, empty=True),  # a batch larger than the bank
     "library-32": History(2048, 512, 1, 128, F32),
     "library-16": History(2050, 1100, 1, 128, F16),  # and a short last block
+    "both-hopper": History(1344, 128, 1, 300, BF16, both=True),
+    "both-small": History(600, 256, 2, 8, F16, both=True),
+    "both-32": History(100, 48, 2, 8, F32, both=True),
+    "both-64": History(60, 33, 1, 5, F64, "none", both=True),
 }
 
 
@@ -83,14 +88,16 @@ def fill(bank: ca.DualMemoryBank, case: History) -> None:
     bank.cursor.copy_(torch.tensor([head, slots], device="cuda"))
     for table in (bank.block_lse, bank.group_lse, bank.row_state):
         table.zero_()  # of no bank, but finite
-    if not case.rebuild:
+    bank.restore_mirror()
+    if not case.rebuild and not case.both:
         bank.accept(1.0 / case.temperature, bank.window_blocks(), case.ids)
 
 
 def run(name: str, case: History) -> None:
     """Three steps, the last with half of the bank."""
     torch.manual_seed(0)
-    bank = ca.DualMemoryBank(case.capacity, case.d, case.m, case.dtype, "cuda", case.drift)
+    kinds = {"learn_temperature": case.both, "symmetric": case.both}
+    bank = ca.DualMemoryBank(case.capacity, case.d, case.m, case.dtype, "cuda", case.drift, **kinds)
     if not case.empty:
         fill(bank, case)
     for step in range(3):
@@ -100,7 +107,10 @@ def run(name: str, case: History) -> None:
         ids = torch.randint(-1, 50, (case.n, case.m), device="cuda") if case.ids else None
         queries = batch[:, 0].contiguous().requires_grad_()
         passages = batch[:, 1:].contiguous().requires_grad_()
-        loss = ca.contaccum_loss(queries, passages, bank, case.temperature, ids)
+        temperature: float | torch.Tensor = case.temperature
+        if case.both:
+            temperature = torch.tensor(temperature, device="cuda", requires_grad=True)
+        loss = ca.contaccum_loss(queries, passages, bank, temperature, ids, symmetric=case.both)
         loss.backward()
         if not torch.isfinite(loss):
             raise SystemExit(f"{name}: loss {loss.item()}")

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from contaccum_ext.bank_size import AUTO_BANK_UPDATES, auto_bank_size, auto_drift
+from contaccum_ext.losses import MAX_SCALE
 from contaccum_ext.training.methods import METHODS
 from contaccum_ext.training.rules import (
     FRACTION,
@@ -80,6 +81,12 @@ class TrainConfig:
         0, integer(0), "updates during which the banks fill and are not yet used"
     )
     temperature: float = _setting(0.05, POSITIVE, "scores are divided by it")
+    learn_temperature: bool = _setting(
+        False, boolean(), "begin with `temperature` and learn it; the scale, 1 / it, stays <= 100"
+    )
+    symmetric: bool = _setting(
+        False, boolean(), "mean of the loss and that of positives as rows, queries as columns"
+    )
     pooling: str = _setting("mean", choice("mean", "cls"), "how token vectors become one vector")
     normalize: bool = _setting(True, boolean(), "scale embeddings to length 1 (cosine scores)")
     shared_encoder: bool = _setting(False, boolean(), "one encoder for queries and passages")
@@ -136,7 +143,27 @@ class TrainConfig:
                 raise ConfigError(
                     f"{field.name}: expected {rule.expectation}, got {value!r}"
                 ) from None
-        METHODS[self.method].banks(self)  # refuses a combination that leaves no bank
+        banks = METHODS[self.method].banks(self)  # refuses a combination that leaves no bank
+        self._check_together(banks)
+
+    def _check_together(self, banks: str | None) -> None:
+        """What each value is right for, and all of them are not."""
+        if self.learn_temperature and self.temperature < 1 / MAX_SCALE:
+            raise ConfigError(
+                f"temperature: expected at least {1 / MAX_SCALE:g} where learn_temperature=true, "
+                f"got {self.temperature:g}"
+            )
+        if self.symmetric and banks in ("queries", "passages"):
+            raise ConfigError(
+                f"symmetric: expected false where only one side is banked (banked {banks}), "
+                f"got true"
+            )
+        left_out = banks and self.hard_negatives and not self.bank_hard_negatives
+        for name in ("learn_temperature", "symmetric"):
+            if left_out and getattr(self, name):
+                raise ConfigError(
+                    f"{name}: expected false where bank_hard_negatives=false, got true"
+                )
 
     @property
     def update_size(self) -> int:

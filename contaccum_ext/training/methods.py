@@ -195,6 +195,10 @@ class GradCache(Method):
         passage_ids = torch.cat([batch.passage_ids for batch in batches]).to(self.loss_device)
         loss = self.scoring.loss(queries, passages, passage_ids, last=True)
         loss.backward()
+        # Complete already, unlike those of the encoders, which get theirs in the second pass.
+        for parameter in self.scoring.parameters():
+            assert parameter.grad is not None
+            parameter.grad = scale(parameter.grad)
         in_batch = self._in_batch_loss(queries, passages, passage_ids)
         finite = [torch.stack([v.sum() for v in pair]).isfinite().all() for pair in encoded]
         bad = (~torch.stack(finite).cpu()).nonzero().flatten().tolist()

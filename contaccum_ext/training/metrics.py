@@ -29,6 +29,7 @@ class UpdateMetrics:
         bank_staleness: of the oldest slot in use, in spreads of fresh vectors; None but with
             transport.
         peak_memory: MiB, of this update on a GPU, else of the process so far.
+        temperature: of this update's losses; changes where it is learned.
         masked_pairs: pairs of row and column left out of the loss as false negatives.
         mass_local: softmax mass of a local row on local passages, its own among them, mean over
             rows.
@@ -55,6 +56,7 @@ class UpdateMetrics:
     bank_window: int | None = None
     bank_staleness: float | None = None
     peak_memory: float | None = None
+    temperature: float | None = None
     masked_pairs: int | None = None
     mass_local: float | None = None
     mass_by_age: list[float] | None = None

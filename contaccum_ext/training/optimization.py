@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
 
 def build_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    others: Iterable[nn.Parameter] = (),
 ) -> torch.optim.AdamW:
-    """AdamW without weight decay on biases and normalisation weights (all 1-d parameters)."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """AdamW without weight decay on biases, normalisation weights and temperature (all <= 1-d)."""
+    parameters = [p for p in (*model.parameters(), *others) if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -55,11 +58,12 @@ class GradientNorms:
 
     query: float | None  # None where fp16 overflowed
     passage: float | None  # None with one shared encoder too
+    others: float = 0.0  # of what is learned beside the encoders; not clipped
 
     @property
     def finite(self) -> bool:
         """Whether no gradient is infinite or not a number."""
-        return math.isfinite((self.query or 0.0) + (self.passage or 0.0))
+        return math.isfinite((self.query or 0.0) + (self.passage or 0.0) + self.others)
 
     @property
     def ratio(self) -> float | None:
@@ -69,13 +73,22 @@ class GradientNorms:
         return self.passage / self.query
 
 
-def clip_gradients(model: DualEncoder, max_norm: float) -> GradientNorms:
-    """Measure each encoder's gradient norm and clip both together to `max_norm`."""
+def clip_gradients(
+    model: DualEncoder, max_norm: float, others: Sequence[nn.Parameter] = ()
+) -> GradientNorms:
+    """Measure each encoder's gradient norm and clip both together to `max_norm`.
+
+    Args:
+        model: its gradients are clipped.
+        max_norm: L2, of both encoders together.
+        others: parameters whose gradients are measured only.
+    """
     query = _norm(model.query.parameters())
     passage = None if model.shared else _norm(model.passage.parameters())
     total = query if passage is None else torch.hypot(query, passage)
     nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, total)
-    return GradientNorms(query.item(), None if passage is None else passage.item())
+    of_passages = None if passage is None else passage.item()
+    return GradientNorms(query.item(), of_passages, _norm(others).item() if others else 0.0)
 
 
 def _norm(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -6,12 +6,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from contaccum_ext.bank import DualMemoryBank
 from contaccum_ext.bank_size import mean_decay, predicted_mean_decay
 from contaccum_ext.drift_signs import DriftWatch, ScoreShift, score_shift
 from contaccum_ext.functional import contaccum_loss
+from contaccum_ext.losses import LearnedTemperature
 from contaccum_ext.training.diagnostics import BankAges, Look, look
 from contaccum_ext.training.positive_bank import positive_bank_loss
 from contaccum_ext.transport import BankTransport
@@ -43,19 +44,26 @@ class Scoring:
     ) -> None:
         self.config = config
         self.banks = banks
+        self.learned: LearnedTemperature | None = None
+        if config.learn_temperature:
+            self.learned = LearnedTemperature(config.temperature, device=device)
+        self.temperature = config.temperature  # of this update
         self.bank: DualMemoryBank | None = None
         self.transport: BankTransport | None = None
+        self.drift = "none"
         if banks is not None:
             capacity = config.bank_capacity(training_queries)
-            drift = config.drift_for(capacity)
-            follows = drift == "transport"
+            self.drift = config.drift_for(capacity)
+            follows = self.drift == "transport"
             self.bank = DualMemoryBank(
                 capacity,
                 dim,
                 passages_per_query=1 + config.hard_negatives * config.bank_hard_negatives,
                 device=device,
-                drift="mean" if follows else drift,
+                drift="mean" if follows else self.drift,
                 drift_decay=predicted_mean_decay(batches) if follows else mean_decay(batches),
+                learn_temperature=config.learn_temperature,
+                symmetric=config.symmetric,
             )
             if follows:
                 self.transport = BankTransport(
@@ -71,6 +79,8 @@ class Scoring:
         """Prepare the bank for update `update`, counted from 0."""
         self._update = update
         self.look = self.shift = None
+        if self.learned is not None:
+            self.temperature = self.learned.value
         if self.bank is not None and self.config.clear_bank_every_update:
             self.bank.clear()
             self.ages.clear()
@@ -93,8 +103,8 @@ class Scoring:
         wanted = last and bool(every) and (self._update + 1) % every == 0 and not waiting
         if wanted:
             ages, ids = self.ages.of_slots(self._update), self._ids(passage_ids)
-            batch, temperature = (queries, passages, ids), self.config.temperature
-            self.look = look(*batch, self.bank, ages, temperature, self.banks or "both")
+            batch = (queries, passages, ids)
+            self.look = look(*batch, self.bank, ages, self.temperature, self.banks or "both")
         self.ages.enqueue(self._update, len(queries))
         if waiting:
             # The bank fills while it waits, and costs no update of negatives when it comes in.
@@ -108,9 +118,8 @@ class Scoring:
 
     def in_batch_loss(self, queries: Tensor, passages: Tensor, passage_ids: Tensor) -> Tensor:
         """() fp32 loss of a batch against itself alone."""
-        return contaccum_loss(
-            queries, passages, None, self.config.temperature, self._ids(passage_ids)
-        )
+        ids, symmetric = self._ids(passage_ids), self.config.symmetric
+        return contaccum_loss(queries, passages, None, self._tau(), ids, symmetric=symmetric)
 
     def observed(self) -> dict[str, Any]:
         """What was looked at in this update, by the names of UpdateMetrics."""
@@ -121,7 +130,7 @@ class Scoring:
 
     def warnings(self) -> list[str]:
         """What the update has shown of drift, in words, once for each thing."""
-        said = self._watch.scores(self.shift, self.config.drift) if self.look is not None else []
+        said = self._watch.scores(self.shift, self.drift) if self.look is not None else []
         if self.bank is not None and self.transport is not None:
             fresh = self.transport.within_limit()
             said += self._watch.window(self.bank, fresh, self.config.update_size)
@@ -135,16 +144,24 @@ class Scoring:
         """Age of the oldest slot in updates; None without a bank or with an empty one."""
         return self.ages.oldest(self._update)
 
+    def parameters(self) -> list[nn.Parameter]:
+        """What is learned here, beside the encoders."""
+        return [] if self.learned is None else list(self.learned.parameters())
+
     def state_dict(self) -> dict[str, Any]:
         """All that later losses depend on."""
         bank = None if self.bank is None else self.bank.state_dict()
         probes = {} if self.transport is None else self.transport.state_dict()
-        return {"bank": bank, "ages": self.ages.state(), "probes": probes}
+        learned = {} if self.learned is None else self.learned.state_dict()
+        ages = self.ages.state()
+        return {"bank": bank, "ages": ages, "probes": probes, "temperature": learned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` gave."""
         if self.bank is not None:
             self.bank.load_state_dict(state["bank"])
+        if self.learned is not None:
+            self.learned.load_state_dict(state["temperature"])
         if self.transport is not None:
             self.transport.load_state_dict(state["probes"])
         self.ages.set_state(state["ages"])
@@ -152,14 +169,21 @@ class Scoring:
     def _against_bank(self, queries: Tensor, passages: Tensor, passage_ids: Tensor) -> Tensor:
         assert self.bank is not None and self.banks is not None
         settings: dict[str, Any] = {
-            "temperature": self.config.temperature,
+            "temperature": self._tau(),
             "passage_ids": self._ids(passage_ids),
             "row_weighting": self.config.row_weighting,
             "banks": self.banks,
         }
         if passages.shape[1] > self.bank.passages_per_query:
             return positive_bank_loss(queries, passages, self.bank, **settings)
+        settings["symmetric"] = self.config.symmetric
         return contaccum_loss(queries, passages, self.bank, **settings)
+
+    def _tau(self) -> float | Tensor:
+        """The temperature, with its graph where it is learned and a gradient is wanted."""
+        if self.learned is None or not torch.is_grad_enabled():
+            return self.temperature
+        return self.learned()
 
     def _ids(self, passage_ids: Tensor) -> Tensor | None:
         return passage_ids if self.config.mask_false_negatives else None

@@ -81,7 +81,9 @@ class Trainer:
         self.schedule = LinearSchedule(
             config.learning_rate, warmup_updates(self.total, config), self.total
         )
-        self.optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
+        self.optimizer = build_optimizer(
+            model, config.learning_rate, config.weight_decay, self.method.scoring.parameters()
+        )
         self.probes = self._choose_probes()
         self.done = 0  # updates, skipped ones among them
         self.skipped = 0
@@ -184,6 +186,7 @@ class Trainer:
             bank_window=scoring.window(),
             bank_staleness=scoring.transport.staleness if scoring.transport else None,
             peak_memory=peak_memory(self.device),
+            temperature=scoring.temperature,
             **({} if norms is None else scoring.observed()),
         )
 
@@ -205,7 +208,8 @@ class Trainer:
     def _step(self) -> GradientNorms | None:
         """Clip and apply the gradients; None where they are not finite and nothing was done."""
         self.scaler.unscale_(self.optimizer)
-        norms = clip_gradients(self.model, self.config.max_grad_norm)
+        others = self.method.scoring.parameters()
+        norms = clip_gradients(self.model, self.config.max_grad_norm, others)
         # Too large a loss scale is found out by trying: the scaler halves it, and the run goes on.
         overflowed = self.scaler.is_enabled() and self.scaler.get_scale() > 1
         if norms.finite:

@@ -7,6 +7,14 @@
 namespace contaccum {
 namespace {
 
+// Entries of the table that lie side by side, one a row: log-sum-exps and, where they are kept,
+// expected scores.
+template <class A>
+struct Entries {
+  A* lse;       // (C)
+  A* expected;  // (C)
+};
+
 template <class A, class S>
 struct Context {
   Layout layout;
@@ -24,14 +32,33 @@ struct Context {
   A* group_lse;     // (groups, C)
   A* row_state;     // (kRowStates, C)
   A* means;         // (2 + offset_blocks, 1 + m, d)
+  A* expected;      // (expected_rows, C) or null
 
   const A* local_queries;    // (n, ld)
   const A* local_passages;   // (n * m, ld)
   const int64_t* local_ids;  // (n, m) or null
 
   A* row(RowState which) const { return row_state + which * layout.capacity; }
+  A* expected_row(ExpectedState which) const {
+    return expected_at(layout.blocks() + layout.groups() + which);
+  }
+  Entries<A> block(int64_t b) const { return {block_lse + b * layout.capacity, expected_at(b)}; }
+  Entries<A> group(int64_t k) const {
+    return {group_lse + k * layout.capacity, expected_at(layout.blocks() + k)};
+  }
+  Entries<A> state(RowState which, ExpectedState expects) const {
+    return {row(which), expected ? expected_row(expects) : nullptr};
+  }
+  Entries<A> row_entries() const { return state(kRowLse, kRowExpected); }
+  Entries<A> base_entries() const { return state(kBaseLse, kBaseExpected); }
+  Entries<A> old_entries() const { return state(kOldLse, kOldExpected); }
   A* mean(int64_t index) const { return means + index * (1 + layout.m) * layout.d; }
   bool masked() const { return local_ids != nullptr; }
+
+ private:
+  A* expected_at(int64_t row) const {
+    return expected ? expected + row * layout.capacity : nullptr;
+  }
 };
 
 template <class F>
@@ -100,21 +127,35 @@ inline void mask_row(A* scores, const int64_t* column_ids, int64_t columns, int6
     if (column_ids[c] == positive_id && c != target) scores[c] = -A(INFINITY);
 }
 
-// Maximum of scores[0 .. count) and sum of exp(score - max).
+// A score times its weight; nothing for a pair that is left out, of score -inf and weight 0.
 template <class A>
-inline ScalarLse<A> lse_of(const A* scores, int64_t count) {
+inline Vec<A> weighted_(Vec<A> score, Vec<A> weight) {
+  return score > -A(INFINITY) ? score * weight : Vec<A>{};
+}
+
+// Maximum of scores[0 .. count) and sums of exp(score - max), with kExpect times score too.
+template <class A, bool kExpect = false>
+inline ScalarLse<A, kExpect> lse_of(const A* scores, int64_t count) {
   constexpr int64_t lanes = Simd<A>::lanes;
   const int64_t whole = count / lanes * lanes;
   Vec<A> tail = splat<A>(-A(INFINITY));
   if (whole < count) std::memcpy(&tail, scores + whole, (count - whole) * sizeof(A));
   Vec<A> top = tail;
   for (int64_t c = 0; c < whole; c += lanes) top = max_(top, load(scores + c));
-  ScalarLse<A> r;
+  ScalarLse<A, kExpect> r;
   for (int64_t l = 0; l < lanes; ++l) r.max = r.max > top[l] ? r.max : top[l];
   if (!(r.max > -A(INFINITY))) return r;
   Vec<A> total = exp_<A>(tail - r.max);
   for (int64_t c = 0; c < whole; c += lanes) total += exp_<A>(load(scores + c) - r.max);
   for (int64_t l = 0; l < lanes; ++l) r.sum += total[l];
+  if constexpr (kExpect) {
+    Vec<A> weighted = weighted_<A>(tail, exp_<A>(tail - r.max));
+    for (int64_t c = 0; c < whole; c += lanes) {
+      const Vec<A> s = load(scores + c);
+      weighted += weighted_<A>(s, exp_<A>(s - r.max));
+    }
+    for (int64_t l = 0; l < lanes; ++l) r.weighted += weighted[l];
+  }
   return r;
 }
 
@@ -150,6 +191,41 @@ inline Vec<A> load_some(const A* from, int64_t valid) {
 template <class A>
 inline void store_some(A* to, Vec<A> x, int64_t valid) {
   std::memcpy(to, &x, min_(valid, Simd<A>::lanes) * sizeof(A));
+}
+
+// Add entries of the table to log-sum-exps of rows, and store a log-sum-exp as an entry. `row` is
+// the first of as many as a vector has, of which `valid` are there.
+template <class A, bool kExpect>
+inline void add_entries(Lse<A, kExpect>& sum, Entries<A> from, int64_t row, int64_t valid) {
+  Lse<A, kExpect> entry;
+  entry.max = load_some(from.lse + row, valid);
+  entry.sum = entry.max > -A(INFINITY) ? splat<A>(1) : Vec<A>{};
+  if constexpr (kExpect) entry.weighted = load_some(from.expected + row, valid);
+  sum.add(entry);
+}
+template <class A, bool kExpect>
+inline void store_entries(const Lse<A, kExpect>& sum, Entries<A> to, int64_t row, int64_t valid) {
+  store_some(to.lse + row, sum.value(), valid);
+  if constexpr (kExpect) store_some(to.expected + row, sum.expected(), valid);
+}
+
+// The same for one row.
+template <class A, bool kExpect>
+inline void add_entry(ScalarLse<A, kExpect>& sum, A lse, A expected) {
+  ScalarLse<A, kExpect> entry;
+  entry.max = lse;
+  entry.sum = A(1);
+  if constexpr (kExpect) entry.weighted = expected;
+  sum.add(entry);
+}
+template <class A, bool kExpect>
+inline void add_entry(ScalarLse<A, kExpect>& sum, Entries<A> from, int64_t row) {
+  add_entry(sum, from.lse[row], kExpect ? from.expected[row] : A(0));
+}
+template <class A, bool kExpect>
+inline void store_entry(const ScalarLse<A, kExpect>& sum, Entries<A> to, int64_t row) {
+  to.lse[row] = sum.value();
+  if constexpr (kExpect) to.expected[row] = sum.expected();
 }
 
 template <class A>

@@ -47,6 +47,9 @@ class PassageTask {
   }
 
   double loss() const { return loss_; }
+  // Sum over the banked rows of the loss of the expected score less the own one: what scale * dL /
+  // dscale has of them, before the row weight. With expected scores in the table only.
+  double scale_term() const { return scale_term_; }
 
   // Local rows [begin, end), whose log-sum-exp is known: lse (n).
   void local_rows(int64_t begin, int64_t end, const A* lse) {
@@ -97,8 +100,12 @@ class PassageTask {
         if (c_.masked()) mask_upkeep(*s);
       }
       const A* tile_bias = offsets ? bias + offset : nullptr;
-      for (int64_t v = 0; v * kLanes < count; ++v)
-        vector_of_rows(*s, v, in_loss, tile_bias, stride);
+      for (int64_t v = 0; v * kLanes < count; ++v) {
+        if (c_.options.keep_expected)
+          vector_of_rows<true>(*s, v, in_loss, tile_bias, stride);
+        else
+          vector_of_rows<false>(*s, v, in_loss, tile_bias, stride);
+      }
       if (!in_loss || !sum_) continue;
       if (offsets)
         for (int64_t c = 0; c < columns_; ++c)
@@ -156,21 +163,28 @@ class PassageTask {
     store_some(to + at, x, s.end - at);
   }
 
-  Lse<A> columns_lse(const A* scores, int64_t begin, int64_t end, int64_t v) const {
-    Lse<A> r;
+  template <bool kExpect>
+  Lse<A, kExpect> columns_lse(const A* scores, int64_t begin, int64_t end, int64_t v) const {
+    Lse<A, kExpect> r;
     for (int64_t c = begin; c < end; ++c)
       r.max = max_(r.max, load(scores + c * kStride + v * kLanes));
     const Vec<A> shift = r.max > -A(INFINITY) ? r.max : Vec<A>{};
-    for (int64_t c = begin; c < end; ++c)
-      r.sum += exp_<A>(load(scores + c * kStride + v * kLanes) - shift);
+    for (int64_t c = begin; c < end; ++c) {
+      const Vec<A> score = load(scores + c * kStride + v * kLanes);
+      const Vec<A> weight = exp_<A>(score - shift);
+      r.sum += weight;
+      if constexpr (kExpect) r.weighted += weighted_<A>(score, weight);
+    }
     return r;
   }
 
+  // kExpect: expected scores are kept.
+  template <bool kExpect>
   void vector_of_rows(const Segment& s, int64_t v, bool in_loss, const A* bias, int64_t stride) {
-    const Vec<A> banked = load_rows(c_.row(c_.options.banked_columns ? kRowLse : kPositive), s, v);
-    Lse<A> plain;
+    A* const positive = c_.row(kPositive);
+    Lse<A, kExpect> plain;
     const bool have_plain = pass_ != PassagePass::gradients && (!bias || upkeep_);
-    if (have_plain) plain = columns_lse(scores_, 0, columns_, v);
+    if (have_plain) plain = columns_lse<kExpect>(scores_, 0, columns_, v);
     if (upkeep_) keep_table(s, v, plain);
     if (!in_loss) return;
     if (pass_ == PassagePass::gradients) {
@@ -182,13 +196,18 @@ class PassageTask {
         A* at = scores_ + c * kStride + v * kLanes;
         store(at, load(at) + bias[c * stride]);
       }
-      plain = columns_lse(scores_, 0, columns_, v);
+      plain = columns_lse<kExpect>(scores_, 0, columns_, v);
     }
-    plain.add_lse(banked);
-    const Vec<A> lse = plain.value();
-    const Vec<A> own = lse - load_rows(c_.row(kPositive), s, v);
-    const int64_t valid = min_(kLanes, s.end - s.begin - v * kLanes);
-    for (int64_t r = 0; r < valid; ++r) loss_ += double(own[r]);
+    const Entries<A> only_own{positive, positive};
+    const int64_t first = s.begin + v * kLanes, rows = s.end - first;
+    add_entries(plain, c_.options.banked_columns ? c_.row_entries() : only_own, first, rows);
+    const Vec<A> lse = plain.value(), score = load_rows(positive, s, v);
+    const int64_t valid = min_(kLanes, rows);
+    for (int64_t r = 0; r < valid; ++r) loss_ += double(lse[r] - score[r]);
+    if constexpr (kExpect) {
+      const Vec<A> term = plain.expected() - score;
+      for (int64_t r = 0; r < valid; ++r) scale_term_ += double(term[r]);
+    }
     if (pass_ == PassagePass::scores) store_rows(row_lse_, s, v, lse);
     if (sum_) weights_from_lse(v, lse, nullptr, 0);
   }
@@ -203,37 +222,39 @@ class PassageTask {
 
   // Add the batch to the rows' table entries and lay down the groups that Plan lists. What combines
   // entries of other blocks is left to finish_rows in row_state.h.
-  void keep_table(const Segment& s, int64_t v, const Lse<A>& all_columns) {
+  template <bool kExpect>
+  void keep_table(const Segment& s, int64_t v, const Lse<A, kExpect>& all_columns) {
+    using RowLse = Lse<A, kExpect>;
     const Plan& plan = c_.plan;
-    const int64_t m = c_.layout.m, capacity = c_.layout.capacity;
+    const int64_t m = c_.layout.m, first = s.begin + v * kLanes, valid = s.end - first;
     const bool one_piece = plan.pieces.size() == 1 && plan.count == c_.n;
-    Lse<A> fresh;
+    RowLse fresh;
     fresh.max = load_rows(c_.row(kFreshMax), s, v);
     fresh.sum = load_rows(c_.row(kFreshSum), s, v);
+    if constexpr (kExpect) fresh.weighted = load_rows(c_.expected_row(kFreshWeighted), s, v);
     for (const Piece& piece : plan.pieces) {
       const int64_t end = piece.row + piece.end - piece.begin;
-      const Lse<A> added =
-          one_piece ? all_columns : columns_lse(scores_, piece.row * m, end * m, v);
-      fresh.add(added.max, added.sum);
+      fresh.add(one_piece ? all_columns : columns_lse<kExpect>(scores_, piece.row * m, end * m, v));
       if (!piece.completes) continue;
-      store_rows(c_.block_lse + piece.block * capacity, s, v, fresh.value());
-      fresh = Lse<A>{};
+      store_entries(fresh, c_.block(piece.block), first, valid);
+      fresh = RowLse{};
     }
     store_rows(c_.row(kFreshMax), s, v, fresh.max);
     store_rows(c_.row(kFreshSum), s, v, fresh.sum);
+    if constexpr (kExpect) store_rows(c_.expected_row(kFreshWeighted), s, v, fresh.weighted);
 
-    Vec<A> rest = splat<A>(-A(INFINITY));
+    RowLse rest;
     int64_t column = 0;
     for (const UpkeepGroup& g : plan.upkeep) {
       const int64_t end = column + (g.end - g.begin) * m;
-      const Vec<A> sum = columns_lse(upkeep_scores_, column, end, v).value();
+      const RowLse sum = columns_lse<kExpect>(upkeep_scores_, column, end, v);
       column = end;
       if (g.kind == UpkeepGroup::rest)
         rest = sum;
       else
-        store_rows(c_.group_lse + g.index * capacity, s, v, sum);
+        store_entries(sum, c_.group(g.index), first, valid);
     }
-    store_rows(c_.row(kOldLse), s, v, rest);  // completed by finish_rows
+    store_entries(rest, c_.old_entries(), first, valid);  // completed by finish_rows
   }
 
   const Context<A, S>& c_;
@@ -243,7 +264,7 @@ class PassageTask {
   A* row_lse_;
   const UpkeepColumns<A>* upkeep_;
   Buffer<A> scores_, upkeep_scores_, tile_;
-  double loss_ = 0;
+  double loss_ = 0, scale_term_ = 0;
 };
 
 }  // namespace

@@ -35,12 +35,12 @@ std::vector<Segment> segments(const Layout& y, const Plan& plan, int64_t window_
   return list;
 }
 
-void plan_enqueue(const Layout& y, int64_t n, Plan& plan) {
+void plan_enqueue(const Layout& y, const StepOptions& options, int64_t n, Plan& plan) {
   const int64_t capacity = y.capacity, blocks = y.blocks();
   plan.count = std::min(n, capacity);
   plan.next_head = (plan.head + n) % capacity;
   plan.next_fill = std::min(capacity, plan.fill + n);
-  plan.direct.assign(blocks, 0);
+  plan.direct.assign(blocks, options.keep_expected);  // the loss takes no expected scores
 
   int64_t slot = (plan.head + n - plan.count) % capacity, row = n - plan.count;
   while (row < n) {
@@ -91,7 +91,7 @@ Plan make_plan(const Layout& layout, const StepOptions& options, int64_t head, i
   plan.rows = segments(layout, plan, options.window_blocks, kRowTile);
   for (const Segment& s : plan.rows)
     if (s.in_window) plan.rows_in_window += s.end - s.begin;
-  if (options.enqueue) plan_enqueue(layout, n, plan);
+  if (options.enqueue) plan_enqueue(layout, options, n, plan);
   plan.next_window_blocks = blocks_in_window(layout, plan.next_head, options.window_blocks);
   return plan;
 }

@@ -93,8 +93,8 @@ class QueryTask {
         if (for_table)
           for (int64_t r = 0; r < rows_; ++r) {
             const ScalarLse<A> tile = lse_of<A>(scores_ + r * stride_, count);
-            ScalarLse<A> block{block_max_[r], block_sum_[r]};
-            block.add(tile.max, tile.sum);
+            ScalarLse<A> block = block_lse(r);
+            block.add(tile);
             block_max_[r] = block.max;
             block_sum_[r] = block.sum;
           }
@@ -104,8 +104,7 @@ class QueryTask {
       }
       if (for_table && (s + 1 == end || s[1].block != s->block)) {
         for (int64_t r = 0; r < rows_; ++r)
-          new_rows_[(row0_ + r) * c_.layout.blocks() + s->block] =
-              ScalarLse<A>{block_max_[r], block_sum_[r]}.value();
+          new_rows_[(row0_ + r) * c_.layout.blocks() + s->block] = block_lse(r).value();
         clear_block();
       }
     }
@@ -116,6 +115,7 @@ class QueryTask {
  private:
   const A* local_rows() const { return c_.local_queries + row0_ * c_.ld; }
   A* out() const { return part_.out + row0_ * c_.ld; }
+  ScalarLse<A> block_lse(int64_t r) const { return {{}, block_max_[r], block_sum_[r]}; }
   void clear_block() {
     for (int64_t r = 0; r < rows_; ++r) {
       block_max_[r] = -A(INFINITY);

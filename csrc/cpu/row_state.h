@@ -22,15 +22,18 @@ struct RowSet {
   int64_t count;
 };
 
-template <class A, class S>
+template <class A, class S, bool kExpect>
 class RowBuilder {
+  using RowLse = ScalarLse<A, kExpect>;
+
  public:
   RowBuilder(const Context<A, S>& c, const RingView& view)
       : c_(c),
         view_(view),
         scores_(kRows * stride()),
         tile_(stride() * c.ld),
-        groups_(kRows * c.layout.groups()) {}
+        groups_(kRows * c.layout.groups()),
+        group_expected_(kExpect ? kRows * c.layout.groups() : 0) {}
 
   static constexpr int64_t kRows = 64;
 
@@ -44,13 +47,15 @@ class RowBuilder {
   void combine(const RowSet<A>& rows) {
     for (int64_t r = 0; r < rows.count; ++r) {
       const int64_t slot = rows.slots[r];
-      ScalarLse<A> lse;
-      for (int64_t b : *view_.window_blocks)
-        lse.add_lse(c_.block_lse[b * c_.layout.capacity + slot]);
-      c_.row(kBaseLse)[slot] = lse.value();
-      lse.add(c_.row(kFreshMax)[slot], c_.row(kFreshSum)[slot]);
-      if (c_.options.window_blocks < 0) lse.add_lse(c_.row(kOldLse)[slot]);
-      c_.row(kRowLse)[slot] = lse.value();
+      RowLse lse, fresh;
+      for (int64_t b : *view_.window_blocks) add_entry(lse, c_.block(b), slot);
+      store_entry(lse, c_.base_entries(), slot);
+      fresh.max = c_.row(kFreshMax)[slot];
+      fresh.sum = c_.row(kFreshSum)[slot];
+      if constexpr (kExpect) fresh.weighted = c_.expected_row(kFreshWeighted)[slot];
+      lse.add(fresh);
+      if (c_.options.window_blocks < 0) add_entry(lse, c_.old_entries(), slot);
+      store_entry(lse, c_.row_entries(), slot);
     }
   }
 
@@ -70,43 +75,51 @@ class RowBuilder {
     const int64_t first_old = (offset + y.group - 1) / y.group;
     const bool by_group = b == current || b == next;
     const int64_t slots = slots_at_once(by_group), units = (y.block + slots - 1) / slots;
-    ScalarLse<A> whole[kRows], fresh[kRows], rest[kRows];
+    RowLse whole[kRows], fresh[kRows], rest[kRows];
     for (int64_t k = 0; k < units; ++k) {
       const int64_t begin = min_(first + k * slots, last), end = min_(begin + slots, last);
       const int64_t cut = b != current ? end : view_.head < begin ? begin : min_(view_.head, end);
       score(rows, begin, end);
       for (int64_t r = 0; r < rows.count; ++r) {
         const A* s = scores_ + r * stride();
-        const ScalarLse<A> before = lse_of<A>(s, (cut - begin) * y.m);
-        const ScalarLse<A> after = lse_of<A>(s + (cut - begin) * y.m, (end - cut) * y.m);
+        const RowLse before = lse_of<A, kExpect>(s, (cut - begin) * y.m);
+        const RowLse after = lse_of<A, kExpect>(s + (cut - begin) * y.m, (end - cut) * y.m);
         if (b == current) {
-          fresh[r].add(before.max, before.sum);
-          if (k < first_old) rest[r].add(after.max, after.sum);
+          fresh[r].add(before);
+          if (k < first_old) rest[r].add(after);
         }
-        ScalarLse<A> group = before;
-        group.add(after.max, after.sum);
-        whole[r].add(group.max, group.sum);
-        if (by_group) groups_[r * y.groups() + k] = group.value();
+        RowLse group = before;
+        group.add(after);
+        whole[r].add(group);
+        if (by_group) store_entry(group, groups(r), k);
       }
     }
     for (int64_t r = 0; r < rows.count; ++r) {
       const int64_t slot = rows.slots[r];
-      const A* groups = groups_ + r * y.groups();
-      c_.block_lse[b * y.capacity + slot] = b == current ? -A(INFINITY) : whole[r].value();
+      store_entry(b == current ? RowLse{} : whole[r], c_.block(b), slot);
       if (b == next)
-        for (int64_t k = 0; k < offset / y.group; ++k)
-          c_.group_lse[k * y.capacity + slot] = groups[k];
+        for (int64_t k = 0; k < offset / y.group; ++k) {
+          c_.group(k).lse[slot] = groups(r).lse[k];
+          if constexpr (kExpect) c_.group(k).expected[slot] = groups(r).expected[k];
+        }
       if (b != current) continue;
       c_.row(kFreshMax)[slot] = fresh[r].max;
       c_.row(kFreshSum)[slot] = fresh[r].sum;
-      ScalarLse<A> suffix;
+      if constexpr (kExpect) c_.expected_row(kFreshWeighted)[slot] = fresh[r].weighted;
+      RowLse suffix;
       for (int64_t k = y.groups() - 1; k >= first_old; --k) {
-        suffix.add_lse(groups[k]);
-        c_.group_lse[k * y.capacity + slot] = suffix.value();
+        add_entry(suffix, groups(r), k);
+        store_entry(suffix, c_.group(k), slot);
       }
-      suffix.add(rest[r].max, rest[r].sum);
-      c_.row(kOldLse)[slot] = suffix.value();
+      suffix.add(rest[r]);
+      store_entry(suffix, c_.old_entries(), slot);
     }
+  }
+
+  // Of a row, by group of a block.
+  Entries<A> groups(int64_t r) const {
+    const int64_t at = r * c_.layout.groups();
+    return {groups_ + at, kExpect ? group_expected_ + at : nullptr};
   }
 
   void score(const RowSet<A>& rows, int64_t begin, int64_t end) {
@@ -122,7 +135,7 @@ class RowBuilder {
 
   const Context<A, S>& c_;
   RingView view_;
-  Buffer<A> scores_, tile_, groups_;
+  Buffer<A> scores_, tile_, groups_, group_expected_;
 };
 
 // Rows whose entries are combined together: long enough runs of memory to be read ahead of use.
@@ -134,61 +147,65 @@ constexpr int64_t kStrip = 1024;
 // rest: the rows come from the passage side. kOldLse holds what is left of head's own group, to be
 // completed by the groups after it; if head has entered their block, they are sums of one group
 // each and become sums from each group to the block's end.
-template <class A, class S>
+template <bool kExpect, class A, class S>
 void finish_rows(const Context<A, S>& c, const RingView& view, bool entered, bool rest) {
+  using RowLse = Lse<A, kExpect>;
   constexpr int64_t lanes = Simd<A>::lanes;
   const Layout& y = c.layout;
   const int64_t offset = view.head % y.block, first_old = (offset + y.group - 1) / y.group;
   for_each_task((view.fill + kStrip - 1) / kStrip, [&](int64_t task) {
     const int64_t begin = task * kStrip, count = min_(kStrip, view.fill - begin);
-    Lse<A> sums[kStrip / lanes];
+    RowLse sums[kStrip / lanes];
     auto for_rows = [&](const auto& visit) {
       for (int64_t r = 0; r < count; r += lanes) visit(sums[r / lanes], begin + r, count - r);
     };
-    auto clear = [&] { for_rows([](Lse<A>& sum, int64_t, int64_t) { sum = Lse<A>{}; }); };
+    auto clear = [&] { for_rows([](RowLse& sum, int64_t, int64_t) { sum = RowLse{}; }); };
     if (entered && rest) {
       clear();
       for (int64_t k = y.groups() - 1; k >= first_old; --k)
-        for_rows([&](Lse<A>& sum, int64_t row, int64_t valid) {
-          A* at = c.group_lse + k * y.capacity + row;
-          sum.add_lse(load_some(at, valid));
-          store_some(at, sum.value(), valid);
+        for_rows([&](RowLse& sum, int64_t row, int64_t valid) {
+          add_entries(sum, c.group(k), row, valid);
+          store_entries(sum, c.group(k), row, valid);
         });
     }
     if (entered) {
       clear();
       for (int64_t b : *view.window_blocks)
-        for_rows([&](Lse<A>& sum, int64_t row, int64_t valid) {
-          sum.add_lse(load_some(c.block_lse + b * y.capacity + row, valid));
+        for_rows([&](RowLse& sum, int64_t row, int64_t valid) {
+          add_entries(sum, c.block(b), row, valid);
         });
-      for_rows([&](Lse<A>& sum, int64_t row, int64_t valid) {
-        store_some(c.row(kBaseLse) + row, sum.value(), valid);
+      for_rows([&](RowLse& sum, int64_t row, int64_t valid) {
+        store_entries(sum, c.base_entries(), row, valid);
       });
     }
     clear();
-    for_rows([&](Lse<A>& sum, int64_t row, int64_t valid) {
-      sum.add_lse(load_some(c.row(kOldLse) + row, valid));
+    for_rows([&](RowLse& sum, int64_t row, int64_t valid) {
+      add_entries(sum, c.old_entries(), row, valid);
       if (rest) {
-        if (first_old < y.groups())
-          sum.add_lse(load_some(c.group_lse + first_old * y.capacity + row, valid));
-        store_some(c.row(kOldLse) + row, sum.value(), valid);
+        if (first_old < y.groups()) add_entries(sum, c.group(first_old), row, valid);
+        store_entries(sum, c.old_entries(), row, valid);
       }
-      if (c.options.window_blocks >= 0) sum = Lse<A>{};
-      sum.add_lse(load_some(c.row(kBaseLse) + row, valid));
-      sum.add(load_some(c.row(kFreshMax) + row, valid), load_some(c.row(kFreshSum) + row, valid));
-      store_some(c.row(kRowLse) + row, sum.value(), valid);
+      if (c.options.window_blocks >= 0) sum = RowLse{};
+      add_entries(sum, c.base_entries(), row, valid);
+      RowLse fresh;
+      fresh.max = load_some(c.row(kFreshMax) + row, valid);
+      fresh.sum = load_some(c.row(kFreshSum) + row, valid);
+      if constexpr (kExpect)
+        fresh.weighted = load_some(c.expected_row(kFreshWeighted) + row, valid);
+      sum.add(fresh);
+      store_entries(sum, c.row_entries(), row, valid);
     });
   });
 }
 
 // The whole table from the bank as it stands: after a change of scale, or a batch as large as the
 // bank. Time quadratic in the bank, memory of a few tiles.
-template <class A, class S>
+template <bool kExpect, class A, class S>
 void rebuild_table(const Context<A, S>& c, const RingView& view, bool masked) {
-  constexpr int64_t rows = RowBuilder<A, S>::kRows;
+  constexpr int64_t rows = RowBuilder<A, S, kExpect>::kRows;
   const int64_t m = c.layout.m, d = c.layout.d;
   for_each_task((view.fill + rows - 1) / rows, [&](int64_t task) {
-    RowBuilder<A, S> builder(c, view);
+    RowBuilder<A, S, kExpect> builder(c, view);
     Buffer<A> vectors(rows * c.ld), positive(c.ld), score(4);
     int64_t slots[rows], positive_ids[rows];
     const int64_t begin = task * rows, count = min_(rows, view.fill - begin);
@@ -203,7 +220,7 @@ void rebuild_table(const Context<A, S>& c, const RingView& view, bool masked) {
     const RowSet<A> set{vectors, slots, masked ? positive_ids : nullptr, count};
     builder.score_blocks(set, nullptr);
   });
-  finish_rows(c, view, true, false);
+  finish_rows<kExpect>(c, view, true, false);
 }
 
 }  // namespace

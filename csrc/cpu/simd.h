@@ -111,36 +111,51 @@ inline Vec<A> log_(Vec<A> x) {
   return x > A(0) ? y : splat<A>(-A(INFINITY));
 }
 
+// What a log-sum-exp has besides where the expected score is wanted too (kExpect): sum of
+// exp(score - max) * score.
+template <class V, bool kExpect>
+struct Weighted {};
+template <class V>
+struct Weighted<V, true> {
+  V weighted{};
+};
+
 // A log-sum-exp under construction: sum of exp(score - max); max = -inf and sum = 0 when empty.
-template <class A>
-struct Lse {
+template <class A, bool kExpect = false>
+struct Lse : Weighted<Vec<A>, kExpect> {
   Vec<A> max = splat<A>(-A(INFINITY)), sum = Vec<A>{};
 
-  void add(Vec<A> other_max, Vec<A> other_sum) {
+  void add(const Lse& other) {
     // The larger maximum keeps its sum, the other's shrinks; -inf - -inf must not be taken.
-    const auto mine = max >= other_max;
-    const Vec<A> high = mine ? max : other_max, low = mine ? other_max : max;
+    const auto mine = max >= other.max;
+    const Vec<A> high = mine ? max : other.max, low = mine ? other.max : max;
     const Vec<A> shrink = low > -A(INFINITY) ? exp_<A>(low - high) : Vec<A>{};
-    sum = mine ? sum + other_sum * shrink : sum * shrink + other_sum;
+    sum = mine ? sum + other.sum * shrink : sum * shrink + other.sum;
+    if constexpr (kExpect)
+      this->weighted = mine ? this->weighted + other.weighted * shrink
+                            : this->weighted * shrink + other.weighted;
     max = high;
   }
-  void add_lse(Vec<A> lse) { add(lse, lse > -A(INFINITY) ? splat<A>(1) : Vec<A>{}); }
   Vec<A> value() const { return max + log_<A>(sum); }
+  Vec<A> expected() const { return sum > A(0) ? this->weighted / sum : Vec<A>{}; }
 };
 
 // The same for one row.
-template <class A>
-struct ScalarLse {
+template <class A, bool kExpect = false>
+struct ScalarLse : Weighted<A, kExpect> {
   A max = -A(INFINITY), sum = 0;
-  void add(A other_max, A other_sum) {
-    if (!(other_max > -A(INFINITY))) return;
-    const A both = max > other_max ? max : other_max;
-    sum = sum * (max > -A(INFINITY) ? std::exp(max - both) : A(0)) +
-          other_sum * std::exp(other_max - both);
+
+  void add(const ScalarLse& other) {
+    if (!(other.max > -A(INFINITY))) return;
+    const A both = max > other.max ? max : other.max;
+    const A mine = max > -A(INFINITY) ? std::exp(max - both) : A(0);
+    const A theirs = std::exp(other.max - both);
+    sum = sum * mine + other.sum * theirs;
+    if constexpr (kExpect) this->weighted = this->weighted * mine + other.weighted * theirs;
     max = both;
   }
-  void add_lse(A lse) { add(lse, A(1)); }
   A value() const { return sum > 0 ? max + std::log(sum) : -A(INFINITY); }
+  A expected() const { return sum > 0 ? this->weighted / sum : A(0); }
 };
 
 }  // namespace

@@ -33,30 +33,33 @@ class Step {
         loss_(static_cast<A*>(out.loss)),
         dq_(static_cast<A*>(out.d_queries)),
         dp_(static_cast<A*>(out.d_passages)),
+        d_scale_(static_cast<A*>(out.d_scale)),
         lse_(c.n) {}
 
-  // queries (n, d) and passages (n, m, d): the batch in the bank's own type, to be enqueued.
-  void run(const S* queries, const S* passages) {
+  // The batch in the bank's own type, to be enqueued. kExpect: expected scores are kept.
+  template <bool kExpect>
+  void run(const Batch& batch) {
     const bool masked = c_.masked();
     const RingView before{c_.plan.head, c_.plan.fill, &c_.plan.window_blocks};
-    if (c_.options.rebuild == Rebuild::table) rebuild_table(c_, before, masked);
-    if (c_.options.rebuild == Rebuild::window) finish_rows(c_, before, true, false);
+    if (c_.options.rebuild == Rebuild::table) rebuild_table<kExpect>(c_, before, masked);
+    if (c_.options.rebuild == Rebuild::window) finish_rows<kExpect>(c_, before, true, false);
 
-    const bool enqueue = c_.options.enqueue && all_finite();
+    const bool enqueue = c_.options.enqueue && all_finite(batch);
     const bool incremental = enqueue && !c_.plan.rebuild_after;
     Buffer<A> new_rows(incremental ? c_.n * c_.layout.blocks() : 0);
     query_side(incremental ? static_cast<A*>(new_rows) : nullptr);
     passage_side(incremental);
     *loss_ = A(total_loss_ * c_.row_weight);
+    if (d_scale_) *d_scale_ = A((local_scale_term() + scale_term_ * c_.row_weight) / c_.scale);
     if (c_.options.enqueue && !enqueue) refuse();
     if (!enqueue) return;
-    write_batch(queries, passages);
+    write_batch(static_cast<const S*>(batch.queries), static_cast<const S*>(batch.passages));
     const RingView after{c_.plan.next_head, c_.plan.next_fill, &c_.plan.next_window_blocks};
     if (incremental) {
-      finish_rows(c_, after, c_.plan.crosses, true);
-      enter_rows(after, new_rows);
+      finish_rows<kExpect>(c_, after, c_.plan.crosses, true);
+      enter_rows<kExpect>(after, new_rows);
     } else {
-      rebuild_table(c_, after, masked);
+      rebuild_table<kExpect>(c_, after, masked);
     }
     c_.cursor[0] = after.head;
     c_.cursor[1] = after.fill;
@@ -70,18 +73,35 @@ class Step {
     *loss_ = A(NAN);
     for (int64_t i = 0; dq_ && i < rows * d; ++i) dq_[i] = A(NAN);
     for (int64_t i = 0; dp_ && i < columns * d; ++i) dp_[i] = A(NAN);
+    if (d_scale_) *d_scale_ = A(NAN);
   }
 
   // By Cauchy-Schwarz no score overflows when no scaled squared norm does.
-  bool all_finite() const {
-    const int64_t total = c_.n * (1 + c_.layout.m);
+  bool all_finite(const Batch& batch) const {
+    const int64_t d = c_.layout.d, companions = c_.n * batch.companion_count;
+    Buffer<A> beside(companions * c_.ld);
+    convert_rows(static_cast<const S*>(batch.companions), companions, d, static_cast<A*>(beside),
+                 c_.ld);
+    const int64_t passages = c_.n + c_.n * c_.layout.m, total = passages + companions;
     for (int64_t i = 0; i < total; ++i) {
-      const A* x = i < c_.n ? c_.local_queries + i * c_.ld : c_.local_passages + (i - c_.n) * c_.ld;
+      const A* x = i < c_.n       ? c_.local_queries + i * c_.ld
+                   : i < passages ? c_.local_passages + (i - c_.n) * c_.ld
+                                  : beside + (i - passages) * c_.ld;
       A norm = 0;
       for (int64_t k = 0; k < c_.ld; ++k) norm += x[k] * x[k];
       if (!std::isfinite(norm * c_.scale)) return false;
     }
     return true;
+  }
+
+  // What scale * dL / dscale has of the local rows: a row's w (sum_j P_j s_j - s_target) is
+  // <q, dq>, offsets included.
+  double local_scale_term() const {
+    double sum = 0;
+    for (int64_t r = 0; r < c_.n; ++r)
+      for (int64_t k = 0; k < c_.layout.d; ++k)
+        sum += double(c_.local_queries[r * c_.ld + k]) * double(dq_[r * c_.layout.d + k]);
+    return sum;
   }
 
   void query_side(A* new_rows) {
@@ -105,7 +125,7 @@ class Step {
     Buffer<A> row(ld);
     for (int64_t r = 0; r < n; ++r) {
       ScalarLse<A> lse;
-      for (int64_t s = 0; s < splits; ++s) lse.add(max[s * n + r], sum[s * n + r]);
+      for (int64_t s = 0; s < splits; ++s) lse.add({{}, max[s * n + r], sum[s * n + r]});
       lse_[r] = lse.value();
       const A* q = c_.local_queries + r * ld;
       const A* positive = c_.local_passages + r * m * ld;
@@ -140,7 +160,7 @@ class Step {
     splits = tiles > 0 ? min_(splits, tiles) : 1;
     Buffer<A> sums(dp_ && one_pass ? splits * columns * ld : 0);
     Buffer<A> row_lse(one_pass ? 0 : c_.plan.fill);
-    Buffer<double> losses(splits);
+    Buffer<double> losses(splits), scale_terms(splits);
     const Segment* list = rows.data();
     for_each_task(splits, [&](int64_t s) {
       A* sum = dp_ && one_pass ? sums + s * columns * ld : nullptr;
@@ -150,8 +170,12 @@ class Step {
       task.banked_rows(list + split_begin(tiles, splits, s),
                        list + split_begin(tiles, splits, s + 1));
       losses[s] = task.loss();
+      scale_terms[s] = task.scale_term();
     });
-    for (int64_t s = 0; s < splits; ++s) total_loss_ += losses[s];
+    for (int64_t s = 0; s < splits; ++s) {
+      total_loss_ += losses[s];
+      scale_term_ += scale_terms[s];
+    }
     if (!dp_) return;
     if (one_pass) {
       for_each_task((columns + 15) / 16, [&](int64_t i) {
@@ -257,11 +281,12 @@ class Step {
   }
 
   // The entries of the rows just written.
+  template <bool kExpect>
   void enter_rows(const RingView& after, const A* new_rows) {
-    constexpr int64_t rows = RowBuilder<A, S>::kRows;
+    constexpr int64_t rows = RowBuilder<A, S, kExpect>::kRows;
     const int64_t m = c_.layout.m, blocks = c_.layout.blocks(), first = c_.n - c_.plan.count;
     for_each_task((c_.plan.count + rows - 1) / rows, [&](int64_t task) {
-      RowBuilder<A, S> builder(c_, after);
+      RowBuilder<A, S, kExpect> builder(c_, after);
       int64_t slots[rows], positive_ids[rows];
       const int64_t begin = first + task * rows, count = min_(rows, c_.n - begin);
       Buffer<A> score(4);
@@ -288,8 +313,9 @@ class Step {
   A* loss_;
   A* dq_;
   A* dp_;
+  A* d_scale_;
   Buffer<A> lse_;
-  double total_loss_ = 0;
+  double total_loss_ = 0, scale_term_ = 0;
 };
 
 template <class A, class S>
@@ -320,11 +346,15 @@ void step_typed(const StepArgs& args, const Plan& plan) {
                   static_cast<A*>(state.group_lse),
                   static_cast<A*>(state.row_state),
                   static_cast<A*>(state.means),
+                  static_cast<A*>(state.expected),
                   local_queries,
                   local_passages,
                   batch.ids};
   Step<A, S> step(c, args.out);
-  step.run(queries, passages);
+  if (options.keep_expected)
+    step.template run<true>(batch);
+  else
+    step.template run<false>(batch);
 }
 
 }  // namespace

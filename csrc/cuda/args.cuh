@@ -59,11 +59,14 @@ struct Args {
   A* group_lse;     // (groups, C)
   A* row_state;     // (kRowStates, C)
   A* means;         // (2 + offset_blocks, 1 + m, d)
+  A* expected;      // (expected rows, C), where expected scores are kept
 
   // The batch.
   const S* local_queries;    // (n, d)
   const S* local_passages;   // (n, m, d)
   const int64_t* local_ids;  // (n, m) or null
+  const S* companions;       // (n, companion_count, d)
+  int companion_count;
 
   // Scratch, how the work is split, and the output.
   int local_splits, bank_splits;      // of the query side: over local columns, over units
@@ -88,6 +91,8 @@ struct Args {
   A* local_positive;  // (n) score of a local row with its own positive
   A* row_lse;         // (C): banked rows, local columns included
   double* losses;     // (n + row_blocks)
+  double* terms;      // (n + row_blocks) of scale * dL / dscale, those of banked rows before
+                      // their weight; null where it is not wanted
   // Offsets: of each row of stored means (from means[1] on) what it adds to scores, the probability
   // mass of its slots, and itself, rounded. Scores are in base 2, and so are query masses, as
   // logarithms. Null where no kernel of the step reads them.
@@ -101,11 +106,20 @@ struct Args {
   A* group_part;          // (2, groups + 1, rows): new rows over the groups of head's block and the
                           // next; the last entry is what of a group head has yet to overwrite
   A* strip_part;          // (blocks, strips, rows): over the strips of other blocks
-  A* loss;                // ()
-  A* d_queries;           // (n, d)
-  A* d_passages;          // (n, m, d)
+  A* group_part_expected;  // expected scores of the same, where they are kept
+  A* strip_part_expected;
+  A* loss;        // ()
+  A* d_queries;   // (n, d)
+  A* d_passages;  // (n, m, d)
+  A* d_scale;     // ()
 
   __device__ A* row(RowState which) const { return row_state + int64_t(which) * capacity; }
+  // Of expected scores: of a block, of a group, and one of the rows that follow.
+  __device__ A* expected_block(int b) const { return expected + int64_t(b) * capacity; }
+  __device__ A* expected_group(int k) const { return expected_block(blocks + k); }
+  __device__ A* expected_row(ExpectedState which) const {
+    return expected_block(blocks + groups + which);
+  }
   __device__ const A* mean(int index, int kind) const {
     return means + (int64_t(index) * (1 + m) + kind) * d;
   }

@@ -20,8 +20,11 @@ enum class Entries {
   after,   // all rows, after the step
 };
 
-template <class S>
+// kExpect: expected scores are kept. The loss takes none, so a new row is then scored against every
+// block.
+template <class S, bool kExpect>
 struct EntryRows {
+  using A = Acc<S>;
   const Args<S>& a;
   const Entries which;
   const Ring<S> was, ring;  // before the step; where entries are to hold
@@ -41,29 +44,34 @@ struct EntryRows {
     return which == Entries::batch ? was.slot_of(a.n - count + i) : first + i;
   }
   // Blocks to score, beside head's and the next.
-  __device__ int blocks() const { return which == Entries::batch ? was.touched() : a.blocks; }
+  __device__ int blocks() const { return scores_some() ? was.touched() : a.blocks; }
   // The i-th block to score: head's, the next, then the others; -1 past the end.
   __device__ int block(int i) const {
     const int current = ring.block(), next = ring.next_block();
     if (i < 2) return i == 0 ? current : next;
-    const int first_block = which == Entries::batch ? was.first_slot() / a.block : 0;
+    const int first_block = scores_some() ? was.first_slot() / a.block : 0;
     if (i - 2 >= blocks()) return -1;
     const int b = (first_block + i - 2) % a.blocks;
     return b == current || b == next ? -1 : b;
   }
   // The i of block b, for b other than head's and the next; -1 where the loss has scored it.
   __device__ int index(int b) const {
-    if (which != Entries::batch) return b + 2;
+    if (!scores_some()) return b + 2;
     const int i = (b - was.first_slot() / a.block + a.blocks) % a.blocks;
     return i < was.touched() ? i + 2 : -1;
   }
   __device__ int64_t stride() const { return which == Entries::batch ? a.n : a.rebuild_rows; }
-  __device__ Acc<S>* group_part(int which_block, int k) const {
-    return a.group_part + (int64_t(which_block) * (a.groups + 1) + k) * stride();
+  __device__ EntryPointers<A> group_part(int which_block, int k) const {
+    const int64_t at = (int64_t(which_block) * (a.groups + 1) + k) * stride();
+    return {a.group_part + at, kExpect ? a.group_part_expected + at : nullptr};
   }
-  __device__ Acc<S>* strip_part(int i, int strip) const {
-    return a.strip_part + (int64_t(i - 2) * a.strips + strip) * stride();
+  __device__ EntryPointers<A> strip_part(int i, int strip) const {
+    const int64_t at = (int64_t(i - 2) * a.strips + strip) * stride();
+    return {a.strip_part + at, kExpect ? a.strip_part_expected + at : nullptr};
   }
+
+ private:
+  __device__ bool scores_some() const { return !kExpect && which == Entries::batch; }
 };
 
 template <class S>
@@ -73,12 +81,13 @@ __device__ bool has_entered(const Args<S>& a, Entries which) {
 
 // Grid (rows / kTileRows / kRowWarps, strips, blocks). masked: the batch's ids say whether the bank
 // has ids.
-template <class S, int V>
+template <class S, int V, bool kExpect>
 __global__ void __launch_bounds__(kThreads)
     score_entries(const Args<S> a, Entries which, int first_row) {
   using A = Acc<S>;
+  using RowLse = Lse<A, kExpect>;
   constexpr int T = kTileRows<A>, L = kLocals<A>;
-  const EntryRows<S> rows(a, which, first_row, has_entered(a, which));
+  const EntryRows<S, kExpect> rows(a, which, first_row, has_entered(a, which));
   const int strip = blockIdx.y * kWarps + threadIdx.x / 32, i = blockIdx.z;
   const int row = blockIdx.x * T;
   if (row >= rows.count || strip >= a.strips) return;
@@ -98,7 +107,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   auto lse_over = [&](int begin, int end) {  // slots of the bank
-    Lse<A> lse;
+    RowLse lse;
     for (int c = begin * a.m; c < end * a.m; c += L) {
       const int mine = c + lane_local<A>();
       A s = warp_scores<V>(vectors, a.passages, c, end * a.m - 1, a.d) * a.scale;
@@ -112,22 +121,22 @@ __global__ void __launch_bounds__(kThreads)
   };
 
   const int last = min(rows.ring.block_end(b), rows.ring.fill);
-  Lse<A> whole;
+  RowLse whole;
   for (int k = strip * a.strip_groups; k < min((strip + 1) * a.strip_groups, a.groups); ++k) {
     const int begin = min(b * a.block + k * a.group, last), end = min(begin + a.group, last);
     const bool cut = i == 0 && rows.ring.head > begin && rows.ring.head < end;
-    const Lse<A> lse = lse_over(begin, cut ? rows.ring.head : end);
+    const RowLse lse = lse_over(begin, cut ? rows.ring.head : end);
     if (i >= 2) {
       whole.add(lse);
       continue;
     }
-    if (leader) rows.group_part(i, k)[row + lane_row<A>()] = lse.value();
+    if (leader) store_entry(rows.group_part(i, k), row + lane_row<A>(), lse);
     if (i != 0 || k != rows.ring.passed_groups()) continue;
-    const Lse<A> rest = lse_over(cut ? rows.ring.head : end, end);
-    if (leader) rows.group_part(0, a.groups)[row + lane_row<A>()] = rest.value();
+    const RowLse rest = lse_over(cut ? rows.ring.head : end, end);
+    if (leader) store_entry(rows.group_part(0, a.groups), row + lane_row<A>(), rest);
   }
   if (i >= 2) {
-    if (leader) rows.strip_part(i, strip)[row + lane_row<A>()] = whole.value();
+    if (leader) store_entry(rows.strip_part(i, strip), row + lane_row<A>(), whole);
     return;
   }
   if (i != 0 || strip != 0) return;
@@ -138,67 +147,100 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// What row_state holds of a row.
-template <class A>
+// What row_state, and beside it `expected`, hold of a row.
+template <class A, bool kExpect>
 struct RowSums {
   A base, old;
-  Lse<A> fresh;
+  Lse<A, kExpect> fresh;
+  A base_expected, old_expected;
 };
 
-template <class S>
-__device__ __forceinline__ RowSums<Acc<S>> sums_of(const Args<S>& a, int64_t slot) {
-  return {a.row(kBaseLse)[slot],
-          a.row(kOldLse)[slot],
-          {a.row(kFreshMax)[slot], a.row(kFreshSum)[slot]}};
+template <bool kExpect, class S>
+__device__ __forceinline__ RowSums<Acc<S>, kExpect> sums_of(const Args<S>& a, int64_t slot) {
+  RowSums<Acc<S>, kExpect> sums;
+  sums.base = a.row(kBaseLse)[slot];
+  sums.old = a.row(kOldLse)[slot];
+  sums.fresh.max = a.row(kFreshMax)[slot];
+  sums.fresh.sum = a.row(kFreshSum)[slot];
+  if constexpr (kExpect) {
+    sums.fresh.weighted = a.expected_row(kFreshWeighted)[slot];
+    sums.base_expected = a.expected_row(kBaseExpected)[slot];
+    sums.old_expected = a.expected_row(kOldExpected)[slot];
+  }
+  return sums;
+}
+
+template <class S, bool kExpect>
+__device__ void set_base(const Args<S>& a, int64_t slot, const Lse<Acc<S>, kExpect>& base,
+                         RowSums<Acc<S>, kExpect>& sums) {
+  sums.base = a.row(kBaseLse)[slot] = base.value();
+  if constexpr (kExpect) sums.base_expected = a.expected_row(kBaseExpected)[slot] = base.expected();
+}
+template <class S, bool kExpect>
+__device__ void set_old(const Args<S>& a, int64_t slot, const Lse<Acc<S>, kExpect>& old,
+                        RowSums<Acc<S>, kExpect>& sums) {
+  sums.old = a.row(kOldLse)[slot] = old.value();
+  if constexpr (kExpect) sums.old_expected = a.expected_row(kOldExpected)[slot] = old.expected();
 }
 
 // The row's log-sum-exp over the bank.
-template <class S>
-__device__ void combine_row(const Args<S>& a, int64_t slot, const RowSums<Acc<S>>& sums) {
-  Lse<Acc<S>> lse = sums.fresh;
-  lse.add_lse(sums.base);
-  if (a.window_blocks < 0) lse.add_lse(sums.old);
+template <class S, bool kExpect>
+__device__ void combine_row(const Args<S>& a, int64_t slot, const RowSums<Acc<S>, kExpect>& sums) {
+  Lse<Acc<S>, kExpect> lse = sums.fresh;
+  lse.add_entry(sums.base, sums.base_expected);
+  if (a.window_blocks < 0) lse.add_entry(sums.old, sums.old_expected);
   a.row(kRowLse)[slot] = lse.value();
+  if constexpr (kExpect) a.expected_row(kRowExpected)[slot] = lse.expected();
 }
 
 // Sum of count entries that lie `stride` apart, kAtOnce read together: one wait, not one each.
-template <int kAtOnce = 8, class A>
-__device__ Lse<A> sum_entries(const A* entries, int count, int64_t stride) {
-  Lse<A> lse;
+template <bool kExpect, int kAtOnce = 8, class A>
+__device__ Lse<A, kExpect> sum_entries(const EntryPointers<A>& entries, int count, int64_t stride) {
+  Lse<A, kExpect> lse;
   for (int begin = 0; begin < count; begin += kAtOnce) {
-    A entry[kAtOnce];
+    A entry[kAtOnce], expected[kAtOnce];
 #pragma unroll
-    for (int e = 0; e < kAtOnce; ++e)
-      entry[e] = begin + e < count ? entries[(begin + e) * stride] : minus_infinity<A>();
+    for (int e = 0; e < kAtOnce; ++e) {
+      const bool there = begin + e < count;
+      entry[e] = there ? entries.lse[(begin + e) * stride] : minus_infinity<A>();
+      if constexpr (kExpect) expected[e] = there ? entries.expected[(begin + e) * stride] : A(0);
+    }
     A top = lse.max;
 #pragma unroll
     for (int e = 0; e < kAtOnce; ++e) top = entry[e] > top ? entry[e] : top;
     const A from = top == minus_infinity<A>() ? A(0) : top;
     lse.sum *= exp_(lse.max - from);
+    if constexpr (kExpect) lse.weighted *= exp_(lse.max - from);
 #pragma unroll
-    for (int e = 0; e < kAtOnce; ++e) lse.sum += exp_(entry[e] - from);
+    for (int e = 0; e < kAtOnce; ++e) {
+      lse.sum += exp_(entry[e] - from);
+      if constexpr (kExpect) lse.weighted += exp_(entry[e] - from) * expected[e];
+    }
     lse.max = top;
   }
   return lse;
 }
 
 // Of count entries, those of the calling lane; then of the warp together.
-template <class A>
-__device__ Lse<A> sum_entries_by_warp(const A* entries, int count, int64_t stride) {
+template <bool kExpect, class A>
+__device__ Lse<A, kExpect> sum_entries_by_warp(const EntryPointers<A>& entries, int count,
+                                               int64_t stride) {
   const int lane = threadIdx.x % 32;
-  Lse<A> lse = sum_entries<4>(entries + lane * stride, (count - lane + 31) / 32, 32 * stride);
+  Lse<A, kExpect> lse =
+      sum_entries<kExpect, 4>(entries + lane * stride, (count - lane + 31) / 32, 32 * stride);
   lse.merge_lanes(32);
   return lse;
 }
 
 // A row that is entered: a thread block for each, whose warps wait for memory and for their sums
 // side by side. Nothing that one writes is read by another.
-template <class S>
+template <class S, bool kExpect>
 class EnterRow {
   using A = Acc<S>;
+  using RowLse = Lse<A, kExpect>;
 
  public:
-  __device__ EnterRow(const EntryRows<S>& r, int row)
+  __device__ EnterRow(const EntryRows<S, kExpect>& r, int row)
       : a(r.a),
         rows(r),
         ring(r.ring),
@@ -210,145 +252,171 @@ class EnterRow {
         slot(r.slot(row)) {}
 
   // base: whole blocks of the window, what the loss has scored and what has been scored afresh.
-  __device__ Lse<A> scored_blocks() const {
-    Lse<A> base;
+  __device__ RowLse scored_blocks() const {
+    RowLse base;
     for (int b = lane; b < a.blocks; b += 32) {
       if (b == next && b != current) continue;
       const int at = b == current ? -1 : rows.index(b);
-      Lse<A> lse;
+      RowLse lse;
       if (at >= 0 && a.strips > 1) continue;
-      if (at >= 0)
-        lse.add_lse(rows.strip_part(at, 0)[i]);
-      else if (b != current && b * a.block < rows.was.fill)
-        lse = sum_entries(a.unit_lse + int64_t(b) * a.parts * a.n + a.n - rows.count + i, a.parts,
-                          a.n);
+      if (at >= 0) {
+        add_stored(lse, rows.strip_part(at, 0), i);
+      } else if constexpr (!kExpect) {
+        A* const units = a.unit_lse + int64_t(b) * a.parts * a.n + a.n - rows.count + i;
+        if (b != current && b * a.block < rows.was.fill)
+          lse = sum_entries<false>(EntryPointers<A>{units, nullptr}, a.parts, a.n);
+      }
       set_block(base, b, lse);
     }
     base.merge_lanes(32);
     return base;
   }
   // Blocks of many parts: lanes share them. The groups of the next one stay apart as well.
-  __device__ Lse<A> fresh_blocks() const {
-    Lse<A> base;
+  __device__ RowLse fresh_blocks() const {
+    RowLse base;
     if (next != current) {
-      const Lse<A> lse = sum_entries_by_warp(rows.group_part(1, 0) + i, a.groups, rows.stride());
+      const RowLse lse =
+          sum_entries_by_warp<kExpect>(rows.group_part(1, 0) + i, a.groups, rows.stride());
       if (lane == 0) set_block(base, next, lse);
     }
     if (a.strips > 1)
       for (int at = 2; at < 2 + rows.blocks(); ++at) {
         const int b = rows.block(at);
         if (b < 0) continue;
-        const Lse<A> lse = sum_entries_by_warp(rows.strip_part(at, 0) + i, a.strips, rows.stride());
+        const RowLse lse =
+            sum_entries_by_warp<kExpect>(rows.strip_part(at, 0) + i, a.strips, rows.stride());
         if (lane == 0) set_block(base, b, lse);
       }
-    for (int k = lane; k < ring.passed_groups(); k += 32)
-      a.group_lse[int64_t(k) * a.capacity + slot] = rows.group_part(1, k)[i];
+    for (int k = lane; k < ring.passed_groups(); k += 32) {
+      const EntryPointers<A> from = rows.group_part(1, k);
+      a.group_lse[int64_t(k) * a.capacity + slot] = from.lse[i];
+      if constexpr (kExpect) a.expected_group(k)[slot] = from.expected[i];
+    }
     return base;  // of lane 0
   }
-  __device__ Lse<A> fresh_groups() const {
-    return sum_entries_by_warp(rows.group_part(0, 0) + i, min(first_old, a.groups), rows.stride());
+  __device__ RowLse fresh_groups() const {
+    return sum_entries_by_warp<kExpect>(rows.group_part(0, 0) + i, min(first_old, a.groups),
+                                        rows.stride());
   }
   // Suffix sums over the groups that head has yet to overwrite, 32 at a time from the end; then
   // with what is left of the group that it divides.
-  __device__ Lse<A> old_groups() const {
-    auto entry = [&](int k) {
-      return k >= first_old ? rows.group_part(0, k)[i] : minus_infinity<A>();
+  __device__ RowLse old_groups() const {
+    struct Read {
+      A lse, expected;
     };
-    const A rest =
-        ring.passed_groups() != first_old ? rows.group_part(0, a.groups)[i] : minus_infinity<A>();
-    Lse<A> suffix;
-    A mine = entry(a.groups - 1 - lane);
+    auto read = [&](int k) {
+      const EntryPointers<A> from = rows.group_part(0, k);
+      return Read{from.lse[i], kExpect ? from.expected[i] : A(0)};
+    };
+    const Read none{minus_infinity<A>(), A(0)};
+    auto entry = [&](int k) { return k >= first_old ? read(k) : none; };
+    const Read rest = ring.passed_groups() != first_old ? read(a.groups) : none;
+    RowLse suffix;
+    Read mine = entry(a.groups - 1 - lane);
     for (int top = a.groups - 1; top >= first_old; top -= 32) {
       const int k = top - lane;
-      Lse<A> sum;
-      sum.add_lse(mine);
+      RowLse sum;
+      sum.add_entry(mine.lse, mine.expected);
       mine = entry(k - 32);  // on its way during the sums
       for (int distance = 1; distance < 32; distance *= 2) {
-        const A max = __shfl_up_sync(0xffffffffu, sum.max, distance);
-        const A part = __shfl_up_sync(0xffffffffu, sum.sum, distance);
-        if (lane >= distance) sum.add(max, part);
+        const RowLse part =
+            sum.exchange([&](A x) { return __shfl_up_sync(0xffffffffu, x, distance); });
+        if (lane >= distance) sum.add(part);
       }
       sum.add(suffix);
-      if (k >= first_old) a.group_lse[int64_t(k) * a.capacity + slot] = sum.value();
-      suffix.max = __shfl_sync(0xffffffffu, sum.max, 31);
-      suffix.sum = __shfl_sync(0xffffffffu, sum.sum, 31);
+      if (k >= first_old) {
+        a.group_lse[int64_t(k) * a.capacity + slot] = sum.value();
+        if constexpr (kExpect) a.expected_group(k)[slot] = sum.expected();
+      }
+      suffix = sum.exchange([&](A x) { return __shfl_sync(0xffffffffu, x, 31); });
     }
-    suffix.add_lse(rest);
+    suffix.add_entry(rest.lse, rest.expected);
     return suffix;
   }
-  __device__ void store(Lse<A> base, const Lse<A>& fresh_base, const Lse<A>& fresh,
-                        const Lse<A>& old) const {
+  __device__ void store(RowLse base, const RowLse& fresh_base, const RowLse& fresh,
+                        const RowLse& old) const {
     base.add(fresh_base);
-    const RowSums<A> sums{base.value(), old.value(), fresh};
-    a.row(kBaseLse)[slot] = sums.base;
+    RowSums<A, kExpect> sums;
+    sums.fresh = fresh;
+    set_base(a, slot, base, sums);
     a.row(kFreshMax)[slot] = fresh.max;
     a.row(kFreshSum)[slot] = fresh.sum;
-    a.row(kOldLse)[slot] = sums.old;
+    if constexpr (kExpect) a.expected_row(kFreshWeighted)[slot] = fresh.weighted;
+    set_old(a, slot, old, sums);
     combine_row(a, slot, sums);
   }
 
  private:
-  __device__ void set_block(Lse<A>& base, int b, const Lse<A>& lse) const {
+  __device__ void set_block(RowLse& base, int b, const RowLse& lse) const {
     a.block_lse[int64_t(b) * a.capacity + slot] = lse.value();
+    if constexpr (kExpect) a.expected_block(b)[slot] = lse.expected();
     if (ring.is_whole(b)) base.add(lse);
   }
 
   const Args<S>& a;
-  const EntryRows<S>& rows;
+  const EntryRows<S, kExpect>& rows;
   const Ring<S>& ring;
   const int i, lane, current, next, first_old;
   const int64_t slot;
 };
 
 // Over the whole blocks of the window, which lie in at most two runs of the table.
-template <class S>
-__device__ Lse<Acc<S>> sum_window_blocks(const Args<S>& a, const Ring<S>& ring, int64_t slot) {
+template <bool kExpect, class S>
+__device__ Lse<Acc<S>, kExpect> sum_window_blocks(const Args<S>& a, const Ring<S>& ring,
+                                                  int64_t slot) {
   const int whole = ring.whole_blocks(), before = min(whole, ring.block());
   const int wrapped = whole - before;
-  Lse<Acc<S>> lse = sum_entries<16>(
-      a.block_lse + int64_t(ring.block() - before) * a.capacity + slot, before, a.capacity);
-  lse.add(sum_entries<16>(a.block_lse + int64_t(a.blocks - wrapped) * a.capacity + slot, wrapped,
-                          a.capacity));
+  const auto sum = [&](int first, int count) {
+    const int64_t at = int64_t(first) * a.capacity + slot;
+    const EntryPointers<Acc<S>> from{a.block_lse + at, kExpect ? a.expected + at : nullptr};
+    return sum_entries<kExpect, 16>(from, count, a.capacity);
+  };
+  Lse<Acc<S>, kExpect> lse = sum(ring.block() - before, before);
+  lse.add(sum(a.blocks - wrapped, wrapped));
   return lse;
 }
 
 // Turn the groups of the block that head has entered into sums from there to its end.
-template <class S>
+template <bool kExpect, class S>
 __device__ void sum_suffixes(const Args<S>& a, int first_old, int64_t slot) {
   using A = Acc<S>;
   constexpr int kAtOnce = 16;
-  Lse<A> suffix;
+  Lse<A, kExpect> suffix;
   for (int end = a.groups; end > first_old; end -= kAtOnce) {
     A* const last = a.group_lse + int64_t(end - 1) * a.capacity + slot;
-    A entry[kAtOnce];
-#pragma unroll
-    for (int e = 0; e < kAtOnce; ++e)
-      entry[e] = end - 1 - e >= first_old ? last[-int64_t(e) * a.capacity] : minus_infinity<A>();
+    A* const last_expected = kExpect ? a.expected_group(end - 1) + slot : nullptr;
+    A entry[kAtOnce], expected[kAtOnce] = {};
 #pragma unroll
     for (int e = 0; e < kAtOnce; ++e) {
-      add_entry(suffix, entry[e]);
-      if (end - 1 - e >= first_old) last[-int64_t(e) * a.capacity] = suffix.value();
+      const bool there = end - 1 - e >= first_old;
+      entry[e] = there ? last[-int64_t(e) * a.capacity] : minus_infinity<A>();
+      if constexpr (kExpect) expected[e] = there ? last_expected[-int64_t(e) * a.capacity] : A(0);
+    }
+#pragma unroll
+    for (int e = 0; e < kAtOnce; ++e) {
+      add_entry(suffix, entry[e], expected[e]);
+      if (end - 1 - e < first_old) continue;
+      last[-int64_t(e) * a.capacity] = suffix.value();
+      if constexpr (kExpect) last_expected[-int64_t(e) * a.capacity] = suffix.expected();
     }
   }
 }
 
 // Bring a surviving row's entries from head to the next head; see banked_rows().
-template <class S>
+template <class S, bool kExpect>
 __device__ void survive(const Args<S>& a, const Ring<S>& was, const Ring<S>& ring, int64_t slot,
-                        RowSums<Acc<S>> sums) {
-  using A = Acc<S>;
+                        RowSums<Acc<S>, kExpect> sums) {
   const int first_old = ring.first_old();
   if (was.crosses()) {
-    sum_suffixes(a, first_old, slot);
-    sums.base = sum_window_blocks(a, ring, slot).value();
-    a.row(kBaseLse)[slot] = sums.base;
+    sum_suffixes<kExpect>(a, first_old, slot);
+    set_base(a, slot, sum_window_blocks<kExpect>(a, ring, slot), sums);
   }
   if (first_old < a.groups) {
-    Lse<A> old;
-    old.add_lse(sums.old);
-    old.add_lse(a.group_lse[int64_t(first_old) * a.capacity + slot]);
-    sums.old = old.value();
-    a.row(kOldLse)[slot] = sums.old;
+    Lse<Acc<S>, kExpect> old;
+    old.add_entry(sums.old, sums.old_expected);
+    old.add_entry(a.group_lse[int64_t(first_old) * a.capacity + slot],
+                  kExpect ? a.expected_group(first_old)[slot] : Acc<S>(0));
+    set_old(a, slot, old, sums);
   }
   combine_row(a, slot, sums);
 }
@@ -358,16 +426,16 @@ constexpr int kEnterThreads = 32 * kEnterWarps;
 
 // Grid (survivor blocks of kEnterThreads rows, then rows). With `batch` the first part brings the
 // rows that stay up to date; a rebuild has no such part.
-template <class S>
+template <class S, bool kExpect>
 __global__ void __launch_bounds__(kEnterThreads)
     enter_rows(const Args<S> a, Entries which, int first_row, int survivor_blocks) {
   using A = Acc<S>;
   const bool survivors = int(blockIdx.x) < survivor_blocks;
   const int slot = blockIdx.x * kEnterThreads + threadIdx.x;
   // Asked for before the barrier that has_entered() waits at: one wait for all.
-  RowSums<A> kept{};
-  if (survivors && slot < a.capacity) kept = sums_of(a, slot);
-  const EntryRows<S> rows(a, which, first_row, true);
+  RowSums<A, kExpect> kept{};
+  if (survivors && slot < a.capacity) kept = sums_of<kExpect>(a, slot);
+  const EntryRows<S, kExpect> rows(a, which, first_row, true);
   if (!has_entered(a, which)) return;
   if (survivors) {
     if (slot < rows.was.fill && !rows.was.is_written(slot))
@@ -376,30 +444,38 @@ __global__ void __launch_bounds__(kEnterThreads)
   }
   const int i = blockIdx.x - survivor_blocks, warp = threadIdx.x / 32;
   if (i >= rows.count) return;
-  const EnterRow<S> row(rows, i);
-  const Lse<A> mine = warp == 0   ? row.old_groups()
+  using RowLse = Lse<A, kExpect>;
+  const EnterRow<S, kExpect> row(rows, i);
+  const RowLse mine = warp == 0   ? row.old_groups()
                       : warp == 1 ? row.scored_blocks()
                       : warp == 2 ? row.fresh_blocks()
                                   : row.fresh_groups();
-  __shared__ A max[kEnterWarps], sum[kEnterWarps];
+  __shared__ A max[kEnterWarps], sum[kEnterWarps], weighted[kEnterWarps];
   if (threadIdx.x % 32 == 0) {
     max[warp] = mine.max;
     sum[warp] = mine.sum;
+    if constexpr (kExpect) weighted[warp] = mine.weighted;
   }
   __syncthreads();
-  if (threadIdx.x == 0)
-    row.store({max[1], sum[1]}, {max[2], sum[2]}, {max[3], sum[3]}, {max[0], sum[0]});
+  if (threadIdx.x != 0) return;
+  const auto part = [&](int w) {
+    RowLse lse;
+    lse.max = max[w];
+    lse.sum = sum[w];
+    if constexpr (kExpect) lse.weighted = weighted[w];
+    return lse;
+  };
+  row.store(part(1), part(2), part(3), part(0));
 }
 
 // Another window: the same table, other blocks of it summed. Grid (C / kThreads).
-template <class S>
+template <class S, bool kExpect>
 __global__ void __launch_bounds__(kThreads) sum_window(const Args<S> a) {
   const Ring<S> ring(a, a.cursor);
   const int slot = blockIdx.x * kThreads + threadIdx.x;
   if (slot >= ring.fill) return;
-  RowSums<Acc<S>> sums = sums_of(a, slot);
-  sums.base = sum_window_blocks(a, ring, slot).value();
-  a.row(kBaseLse)[slot] = sums.base;
+  RowSums<Acc<S>, kExpect> sums = sums_of<kExpect>(a, slot);
+  set_base(a, slot, sum_window_blocks<kExpect>(a, ring, slot), sums);
   combine_row(a, slot, sums);
 }
 

@@ -14,8 +14,9 @@
 
 namespace contaccum {
 
-template <class S, class T>
+template <class S, class T, bool kExpect>
 class ScoreEntries {
+  using RowLse = Lse<float, kExpect>;
   static constexpr int MT = T::kWarpRows / 16, NT = T::kWarpColumns / 8;
   static constexpr int kChunks = T::kSlice / 8, kRowsAtOnce = kThreads / kChunks;
   static constexpr int kAtOnce = 8;  // scores that a thread adds without waiting for one another
@@ -25,13 +26,14 @@ class ScoreEntries {
     union {
       char stage[T::kStages][(T::kRows + T::kColumns) * T::kRowBytes];
       float scores[T::kWarpsDeep][T::kRows][T::kScoreStride];  // apart by the warps' share of d
+      float part_weighted[T::kParts][T::kRows];                // used while no scores are
     };
     int64_t ids[T::kColumns];
     int slots[T::kRows];  // -1 past the end
     float part_max[T::kParts][T::kRows], part_sum[T::kParts][T::kRows];
   };
 
-  __device__ ScoreEntries(const EntryRows<S>& r, Shared& shared, int which_block)
+  __device__ ScoreEntries(const EntryRows<S, kExpect>& r, Shared& shared, int which_block)
       : a(r.a),
         rows(r),
         sh(shared),
@@ -50,8 +52,8 @@ class ScoreEntries {
   __device__ void run(int strip) {
     const int k = strip * a.strip_groups, k_end = min(k + a.strip_groups, a.groups);
     if (i >= 2) {
-      const Lse<float> whole = over(begin_of(k), begin_of(k_end));
-      if (part == 0 && valid()) rows.strip_part(i, strip)[first + my_row] = whole.value();
+      const RowLse whole = over(begin_of(k), begin_of(k_end));
+      if (part == 0 && valid()) store_entry(rows.strip_part(i, strip), first + my_row, whole);
     } else if (a.group * a.m <= T::kColumns) {
       narrow_groups(k, k_end);
     } else {
@@ -68,11 +70,11 @@ class ScoreEntries {
     const int head = rows.ring.head, end = begin_of(k + 1);
     return i == 0 && head > begin_of(k) && head < end ? head : end;
   }
-  __device__ void put(int k, float lse, float rest) const {
+  __device__ void put(int k, const RowLse& lse, const RowLse& rest) const {
     if (!valid()) return;
-    rows.group_part(i, k)[first + my_row] = lse;
+    store_entry(rows.group_part(i, k), first + my_row, lse);
     if (i == 0 && k == rows.ring.passed_groups())
-      rows.group_part(0, a.groups)[first + my_row] = rest;
+      store_entry(rows.group_part(0, a.groups), first + my_row, rest);
   }
 
   // As many whole groups as a tile holds at a time.
@@ -83,11 +85,11 @@ class ScoreEntries {
       const int end = begin_of(last) * a.m;
       if (tile < end) score(tile, end);
       for (int g = k + part; g < last; g += T::kParts) {
-        Lse<float> lse, rest;
+        RowLse lse, rest;
         const int cut = cut_of(g) * a.m - tile;
         add_columns(lse, begin_of(g) * a.m - tile, cut, tile);
         add_columns(rest, cut, begin_of(g + 1) * a.m - tile, tile);
-        put(g, lse.value(), rest.value());
+        put(g, lse, rest);
       }
       __syncthreads();  // the scores lie where the next slices will
     }
@@ -96,15 +98,15 @@ class ScoreEntries {
   __device__ void wide_groups(int k, int k_end) {
     for (; k < k_end; ++k) {
       const int cut = cut_of(k);
-      const Lse<float> lse = over(begin_of(k), cut), rest = over(cut, begin_of(k + 1));
-      if (part == 0) put(k, lse.value(), rest.value());
+      const RowLse lse = over(begin_of(k), cut), rest = over(cut, begin_of(k + 1));
+      if (part == 0) put(k, lse, rest);
     }
   }
 
   // Log-sum-exp over slots [from, to); the threads of part 0 get it.
-  __device__ Lse<float> over(int from, int to) {
+  __device__ RowLse over(int from, int to) {
     constexpr int kShare = T::kColumns / T::kParts;
-    Lse<float> lse;
+    RowLse lse;
     for (int tile = from * a.m; tile < to * a.m; tile += T::kColumns) {
       const int end = min(tile + T::kColumns, to * a.m);
       score(tile, end);
@@ -113,16 +115,23 @@ class ScoreEntries {
     }
     sh.part_max[part][my_row] = lse.max;
     sh.part_sum[part][my_row] = lse.sum;
+    if constexpr (kExpect) sh.part_weighted[part][my_row] = lse.weighted;
     __syncthreads();
     if (part == 0)
 #pragma unroll
-      for (int p = 1; p < T::kParts; ++p) lse.add(sh.part_max[p][my_row], sh.part_sum[p][my_row]);
+      for (int p = 1; p < T::kParts; ++p) {
+        RowLse other;
+        other.max = sh.part_max[p][my_row];
+        other.sum = sh.part_sum[p][my_row];
+        if constexpr (kExpect) other.weighted = sh.part_weighted[p][my_row];
+        lse.add(other);
+      }
     __syncthreads();  // before the parts of another range
     return lse;
   }
 
   // Add the thread's row's scores [c, end) of a tile that begins with flat column `tile`.
-  __device__ void add_columns(Lse<float>& lse, int c, int end, int tile) const {
+  __device__ void add_columns(RowLse& lse, int c, int end, int tile) const {
     const int own = slot * a.m - tile;
     for (; c < end; c += kAtOnce) {
       float s[kAtOnce], top = lse.max;
@@ -138,9 +147,17 @@ class ScoreEntries {
       }
       const float from =
           top == minus_infinity<float>() ? 0.f : top;  // -inf minus -inf would be NaN
-      lse.sum *= exp2_((lse.max - from) * kLog2e);
+      const float shrink = exp2_((lse.max - from) * kLog2e);
+      lse.sum *= shrink;
+      if constexpr (kExpect) lse.weighted *= shrink;
 #pragma unroll
-      for (int e = 0; e < kAtOnce; ++e) lse.sum += exp2_((s[e] - from) * kLog2e);
+      for (int e = 0; e < kAtOnce; ++e) {
+        const float weight = exp2_((s[e] - from) * kLog2e);
+        lse.sum += weight;
+        // 0 times -inf would be NaN
+        if constexpr (kExpect)
+          lse.weighted += s[e] == minus_infinity<float>() ? 0.f : weight * s[e];
+      }
       lse.max = top;
     }
   }
@@ -228,7 +245,7 @@ class ScoreEntries {
   }
 
   const Args<S>& a;
-  const EntryRows<S>& rows;
+  const EntryRows<S, kExpect>& rows;
   Shared& sh;
   const int i, begin, limit;  // the block, its first slot, its last filled slot + 1
   const int first, my_row, part, slot;
@@ -236,8 +253,8 @@ class ScoreEntries {
 };
 
 // Scores of the rows with their own positives: thread blocks that have no strip share them.
-template <class S>
-__device__ void score_positives(const EntryRows<S>& rows, int first, int count) {
+template <class S, bool kExpect>
+__device__ void score_positives(const EntryRows<S, kExpect>& rows, int first, int count) {
   const Args<S>& a = rows.a;
   const int end = min(first + count, rows.count);
   for (int row = first + blockIdx.z * kWarps + threadIdx.x / 32; row < end;
@@ -249,14 +266,14 @@ __device__ void score_positives(const EntryRows<S>& rows, int first, int count) 
 }
 
 // Grid (rows / kRows, strips + 1, 2 + blocks).
-template <class S, class T>
+template <class S, class T, bool kExpect>
 __global__ void __launch_bounds__(kThreads, 2)
     score_entries_mma(const Args<S> a, Entries which, int first_row) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // earlier GPUs take entries.cuh
   extern __shared__ __align__(16) char dynamic[];
-  using Scores = ScoreEntries<S, T>;
+  using Scores = ScoreEntries<S, T, kExpect>;
   // The ring's position is asked for before the barrier that has_entered() waits at.
-  const EntryRows<S> rows(a, which, first_row, true);
+  const EntryRows<S, kExpect> rows(a, which, first_row, true);
   if (!has_entered(a, which) || int(blockIdx.x) * T::kRows >= rows.count) return;
   if (int(blockIdx.y) == a.strips) return score_positives(rows, blockIdx.x * T::kRows, T::kRows);
   if (rows.block(blockIdx.z) < 0) return;

@@ -82,24 +82,32 @@ void launch_rows_mma(const Args<S>& a, const CudaStep& step, cudaStream_t stream
     launch_rows<S, NarrowRows>(a, 1, stream);
 }
 
-template <class S, class Tile>
+template <class S, class Tile, bool kExpect>
 void launch_entries(const Args<S>& a, const EntryLaunch& launch, cudaStream_t stream) {
-  static_assert(sizeof(typename ScoreEntries<S, Tile>::Shared) == Tile::kSharedBytes,
+  static_assert(sizeof(typename ScoreEntries<S, Tile, kExpect>::Shared) == Tile::kSharedBytes,
                 "entry_columns() counts what the kernel needs");
-  const auto kernel = score_entries_mma<S, Tile>;
+  const auto kernel = score_entries_mma<S, Tile, kExpect>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
   const dim3 grid(ceil_div(launch.rows, Tile::kRows), a.strips + 1, 2 + launch.blocks);
   kernel<<<grid, kThreads, Tile::kSharedBytes, stream>>>(a, launch.which, launch.first_row);
 }
 
+template <class S, bool kExpect>
+void launch_entries_by_size(const Args<S>& a, const EntryLaunch& launch, cudaStream_t stream) {
+  if (launch.columns == SmallEntries::kColumns)
+    launch_entries<S, SmallEntries, kExpect>(a, launch, stream);
+  else if (launch.columns == NarrowEntries::kColumns)
+    launch_entries<S, NarrowEntries, kExpect>(a, launch, stream);
+  else
+    launch_entries<S, WideEntries, kExpect>(a, launch, stream);
+}
+
 template <class S>
 void launch_entries_mma(const Args<S>& a, const EntryLaunch& launch, cudaStream_t stream) {
-  if (launch.columns == SmallEntries::kColumns)
-    launch_entries<S, SmallEntries>(a, launch, stream);
-  else if (launch.columns == NarrowEntries::kColumns)
-    launch_entries<S, NarrowEntries>(a, launch, stream);
+  if (a.expected != nullptr)
+    launch_entries_by_size<S, true>(a, launch, stream);
   else
-    launch_entries<S, WideEntries>(a, launch, stream);
+    launch_entries_by_size<S, false>(a, launch, stream);
 }
 
 }  // namespace contaccum

@@ -16,6 +16,7 @@
 #include "offsets.cuh"
 #include "reduce.cuh"
 #include "rows.cuh"
+#include "scale_grad.cuh"
 
 namespace contaccum {
 
@@ -75,6 +76,7 @@ inline int unit_slots_sm90a(const Layout& y, int64_t n, int splits) {
 template <class S>
 int row_blocks(const CudaStep& step) {
   const int64_t rows = step.layout.capacity;
+  if (step.options.keep_expected) return int(ceil_div(rows, kRowWarps * kTileRows<Acc<S>>));
   if (takes_rows_sm90a<S>(step)) {  // pairs, as many as there is room for
     const int64_t pairs = ceil_div(rows, 4 * kBoxRows);
     return 2 * int(std::min<int64_t>(pairs, step.device.multiprocessors / 2));
@@ -121,12 +123,16 @@ Args<S> arrange(const CudaStep& step, Arena& arena) {
   a.group_lse = static_cast<A*>(step.state.group_lse);
   a.row_state = static_cast<A*>(step.state.row_state);
   a.means = static_cast<A*>(step.state.means);
+  a.expected = static_cast<A*>(step.state.expected);
   a.local_queries = static_cast<const S*>(step.batch.queries);
   a.local_passages = static_cast<const S*>(step.batch.passages);
   a.local_ids = step.batch.ids;
+  a.companions = static_cast<const S*>(step.batch.companions);
+  a.companion_count = int(step.batch.companion_count);
   a.loss = static_cast<A*>(step.out.loss);
   a.d_queries = static_cast<A*>(step.out.d_queries);
   a.d_passages = static_cast<A*>(step.out.d_passages);
+  a.d_scale = static_cast<A*>(step.out.d_scale);
 
   const int64_t n = a.n, columns = n * a.m;
   const Cut cut = cut_for<S>(step, n), gradient_cut = cut_for<S>(step, columns);
@@ -172,6 +178,7 @@ Args<S> arrange(const CudaStep& step, Arena& arena) {
   a.position = arena.take<int64_t>(2);
   a.not_finite = arena.take<int>(n);
   a.losses = arena.take<double>(n + a.row_blocks);
+  if (o.with_scale_grad) a.terms = arena.take<double>(n + a.row_blocks);
   a.local_lse = arena.take<A>(n);
   a.local_positive = arena.take<A>(n);
   a.row_lse = arena.take<A>(a.banked_rows ? y.capacity : 0);
@@ -225,31 +232,47 @@ int64_t columns_of_batch(const CudaStep& step) {  // blocks that it touches are 
   return columns_of_entries<S>(step, step.batch.n, 2 * step.layout.block);
 }
 
+// Blocks besides head's and the next that the batch's rows are scored against.
+inline int64_t blocks_of_batch(const CudaStep& step) {
+  const Layout& y = step.layout;
+  return step.options.keep_expected ? y.blocks() : touched_blocks(y, step.batch.n);
+}
+
+// Room for the parts of `rows` rows over `blocks` blocks.
+template <class S>
+void take_parts(const CudaStep& step, Arena& arena, Args<S>& a, int64_t rows, int64_t blocks) {
+  using A = Acc<S>;
+  const int64_t groups = 2 * (a.groups + 1) * rows, strips = blocks * a.strips * rows;
+  a.group_part = arena.take<A>(groups);
+  a.strip_part = arena.take<A>(strips);
+  if (!step.options.keep_expected) return;
+  a.group_part_expected = arena.take<A>(groups);
+  a.strip_part_expected = arena.take<A>(strips);
+}
+
 // The entries of the batch's rows.
 template <class S>
 void arrange_batch(const CudaStep& step, Arena& arena, Args<S>& a) {
   using A = Acc<S>;
-  const int64_t touched = touched_blocks(step.layout, a.n), n = a.n;
-  const int64_t fit = kEntryBytes / (touched * n * int64_t(sizeof(A)));
+  const int64_t blocks = blocks_of_batch(step), n = a.n;
+  const int64_t fit = kEntryBytes / (blocks * n * int64_t(sizeof(A)));
   const int64_t strips = std::max<int64_t>(1, std::min<int64_t>({fit, a.groups, kMaxStrips}));
   const int64_t tile = columns_of_batch<S>(step) / (int64_t(a.group) * a.m);  // groups
   a.strip_groups = int(std::max(ceil_div(a.groups, strips), tile));
   a.strips = int(ceil_div(a.groups, a.strip_groups));
-  a.group_part = arena.take<A>(2 * (a.groups + 1) * n);
-  a.strip_part = arena.take<A>(touched * a.strips * n);
+  take_parts(step, arena, a, n, blocks);
 }
 
 // The entries of all rows, a part of the rows at a time.
 template <class S>
 void arrange_rebuild(const CudaStep& step, Arena& arena, Args<S>& a) {
   using A = Acc<S>;
-  const int64_t entries = 2 * (a.groups + 1) + a.blocks;
+  const int64_t entries = (2 * (a.groups + 1) + a.blocks) * (step.options.keep_expected ? 2 : 1);
   const int64_t fit = 2 * kEntryBytes / (entries * int64_t(sizeof(A)));
   a.rebuild_rows = int(std::max<int64_t>(32, std::min<int64_t>(fit, step.layout.capacity)));
   a.strips = 1;
   a.strip_groups = a.groups;
-  a.group_part = arena.take<A>(2 * (a.groups + 1) * int64_t(a.rebuild_rows));
-  a.strip_part = arena.take<A>(int64_t(a.blocks) * a.rebuild_rows);
+  take_parts(step, arena, a, a.rebuild_rows, a.blocks);
 }
 
 template <class S>
@@ -274,7 +297,7 @@ class Launcher {
 
   // Null, or what went wrong.
   const char* run() {
-    const bool library = takes_library<S>(step_);
+    const bool library = takes_library<S>(step_), expect = step_.options.keep_expected;
     const int64_t columns = int64_t(a_.n) * a_.m;
     const auto flags = reinterpret_cast<char*>(a_.query_done);
     if (a_.with_grad && (a_.query_slice || a_.passage_slice))
@@ -289,10 +312,15 @@ class Launcher {
       end_queries<kFewColumns>();
     else
       end_queries<kManyColumns>();
+    if (a_.companion_count > 0 && a_.enqueue)
+      check_companions<S><<<a_.n, kThreads, 0, stream_>>>(a_);
+    if (a_.terms != nullptr) local_scale_terms<S><<<a_.n, kThreads, 0, stream_>>>(a_);
     // Here and not first: where a product throws, the table is as it was.
     if (step_.options.rebuild == Rebuild::table) rebuild(Entries::before);
     if (step_.options.rebuild == Rebuild::window && a_.capacity > 0)
-      sum_window<S><<<ceil_div(a_.capacity, kThreads), kThreads, 0, stream_>>>(a_);
+      (expect
+           ? sum_window<S, true>
+           : sum_window<S, false>)<<<ceil_div(a_.capacity, kThreads), kThreads, 0, stream_>>>(a_);
     if (library) {
       launch_library_rows<S>(a_, step_, stream_);
       if (a_.incremental) keep_what_exceeds(plan_library(step_));
@@ -304,6 +332,7 @@ class Launcher {
       end_passages<kFewColumns>(columns);
     else
       end_passages<kManyColumns>(columns);
+    if (a_.terms != nullptr) finish_scale<S><<<1, kThreads, 0, stream_>>>(a_);
     if (a_.incremental)
       enter_batch();
     else if (a_.enqueue)
@@ -367,11 +396,15 @@ class Launcher {
   }
 
   void score_rows() {
+    if (step_.options.keep_expected) {
+      banked_rows<S, V, true><<<a_.row_blocks, kRowThreads, 0, stream_>>>(a_);
+      return;
+    }
     if constexpr (sizeof(S) == 2) {
       if (takes_rows_sm90a<S>(step_)) return check(launch_rows_sm90a<S>(a_, stream_));
       if (takes_rows_mma<S>(step_)) return launch_rows_mma<S>(a_, step_, stream_);
     }
-    banked_rows<S, V><<<a_.row_blocks, kRowThreads, 0, stream_>>>(a_);
+    banked_rows<S, V, false><<<a_.row_blocks, kRowThreads, 0, stream_>>>(a_);
   }
 
   void keep_what_exceeds(const LibraryPlan& plan) {
@@ -385,7 +418,10 @@ class Launcher {
     if constexpr (sizeof(S) == 2)
       if (launch.columns > 0) return launch_entries_mma<S>(a, launch, stream_);
     const dim3 grid(ceil_div(launch.rows, T), ceil_div(a.strips, kWarps), 2 + launch.blocks);
-    score_entries<S, V><<<grid, kThreads, 0, stream_>>>(a, launch.which, launch.first_row);
+    const bool expect = step_.options.keep_expected;
+    (expect ? score_entries<S, V, true>
+            : score_entries<S, V, false>)<<<grid, kThreads, 0, stream_>>>(a, launch.which,
+                                                                          launch.first_row);
   }
 
   void enter_batch() {
@@ -394,10 +430,12 @@ class Launcher {
     arrange_batch(step_, arena, a);
     const int64_t rows = std::min<int>(a.n, a.capacity);
     const int64_t survivors = ceil_div(a.capacity, kEnterThreads);
-    score_entries_of(a, {Entries::batch, 0, rows, touched_blocks(step_.layout, a.n),
-                         columns_of_batch<S>(step_)});
-    enter_rows<S>
-        <<<survivors + rows, kEnterThreads, 0, stream_>>>(a, Entries::batch, 0, int(survivors));
+    score_entries_of(a,
+                     {Entries::batch, 0, rows, blocks_of_batch(step_), columns_of_batch<S>(step_)});
+    (step_.options.keep_expected
+         ? enter_rows<S, true>
+         : enter_rows<S, false>)<<<survivors + rows, kEnterThreads, 0, stream_>>>(
+        a, Entries::batch, 0, int(survivors));
   }
 
   void rebuild(Entries which) {
@@ -407,7 +445,9 @@ class Launcher {
     const int64_t columns = columns_of_entries<S>(step_, a.rebuild_rows, a.capacity);
     for (int row = 0; row < a.capacity; row += a.rebuild_rows) {
       score_entries_of(a, {which, row, a.rebuild_rows, a.blocks, columns});
-      enter_rows<S><<<a.rebuild_rows, kEnterThreads, 0, stream_>>>(a, which, row, 0);
+      (step_.options.keep_expected
+           ? enter_rows<S, true>
+           : enter_rows<S, false>)<<<a.rebuild_rows, kEnterThreads, 0, stream_>>>(a, which, row, 0);
     }
   }
 

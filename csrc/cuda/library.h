@@ -82,9 +82,11 @@ inline bool library_pays(const CudaStep& step) {
 }
 
 // Where no tensor-core kernel applies and there is work enough, or no other family is allowed. The
-// library multiplies bfloat16 into float32 on sm_80 and later.
+// library multiplies bfloat16 into float32 on sm_80 and later. Its banked rows take no expected
+// scores.
 template <class S>
 bool takes_library(const CudaStep& step) {
+  if (step.options.keep_expected) return false;
   if (!kernels_allowed(kLibraryKernels) || takes_tensor_cores<S>(step)) return false;
   if (std::is_same_v<S, Bf16> && step.device.compute_capability < 80) return false;
   return !kernels_allowed(kPortableKernels) || library_pays(step);

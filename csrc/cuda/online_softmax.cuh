@@ -26,17 +26,28 @@ __device__ __forceinline__ A not_a_number() {
   return A(CUDART_NAN_F);
 }
 
+// What a log-sum-exp has besides where the expected score is wanted too (kExpect): sum of
+// exp(score - max) * score.
+template <class A, bool kExpect>
+struct Weighted {};
+template <class A>
+struct Weighted<A, true> {
+  A weighted = 0;
+};
+
 // Sum of exp(score - max); max = -inf and sum = 0 when empty. A NaN score makes the sum NaN: it
 // must reach the loss.
-template <class A>
-struct Lse {
+template <class A, bool kExpect = false>
+struct Lse : Weighted<A, kExpect> {
   A max = minus_infinity<A>(), sum = 0;
 
   __device__ __forceinline__ void add_score(A s) {
     if (s > max) {
+      if constexpr (kExpect) this->weighted = this->weighted * exp_(max - s) + s;
       sum = sum * exp_(max - s) + A(1);
       max = s;
     } else if (!(s == minus_infinity<A>())) {  // -inf minus -inf would be NaN
+      if constexpr (kExpect) this->weighted += exp_(s - max) * s;
       sum += exp_(s - max);
     }
   }
@@ -46,29 +57,84 @@ struct Lse {
     sum = (sum == A(0) ? A(0) : sum * exp_(max - both)) + other_sum * exp_(other_max - both);
     max = both;
   }
-  __device__ __forceinline__ void add(const Lse& other) { add(other.max, other.sum); }
+  __device__ __forceinline__ void add(const Lse& other) {
+    if constexpr (kExpect) {
+      if (other.sum == A(0)) return;
+      const A both = max > other.max ? max : other.max;
+      const A mine = sum == A(0) ? A(0) : exp_(max - both), theirs = exp_(other.max - both);
+      sum = sum * mine + other.sum * theirs;
+      this->weighted = this->weighted * mine + other.weighted * theirs;
+      max = both;
+    } else {
+      add(other.max, other.sum);
+    }
+  }
   __device__ __forceinline__ void add_lse(A lse) {
     add(lse, lse == minus_infinity<A>() ? A(0) : A(1));
+  }
+  // An entry of the table.
+  __device__ __forceinline__ void add_entry(A lse, A expected) {
+    if constexpr (kExpect)
+      add(Lse{{expected}, lse, lse == minus_infinity<A>() ? A(0) : A(1)});
+    else
+      add_lse(lse);
   }
   __device__ __forceinline__ A value() const {
     return sum == A(0) ? minus_infinity<A>() : max + log_(sum);
   }
+  __device__ __forceinline__ A expected() const {
+    if constexpr (kExpect)
+      return sum == A(0) ? A(0) : this->weighted / sum;
+    else
+      return A(0);
+  }
 
   // Merge over lanes that differ in the bits below `width` (a power of two); all get the result.
   __device__ __forceinline__ void merge_lanes(int width) {
-    for (int bit = 1; bit < width; bit *= 2) {
-      const A other_max = __shfl_xor_sync(0xffffffffu, max, bit);
-      const A other_sum = __shfl_xor_sync(0xffffffffu, sum, bit);
-      add(other_max, other_sum);
-    }
+    for (int bit = 1; bit < width; bit *= 2)
+      add(exchange([&](A x) { return __shfl_xor_sync(0xffffffffu, x, bit); }));
+  }
+  // What `shuffle` makes of each member.
+  template <class Shuffle>
+  __device__ __forceinline__ Lse exchange(const Shuffle& shuffle) const {
+    Lse other;
+    other.max = shuffle(max);
+    other.sum = shuffle(sum);
+    if constexpr (kExpect) other.weighted = shuffle(this->weighted);
+    return other;
   }
 };
 
-// Add an entry with no branch, so that neither loads nor exponentials wait for the sum before them.
+// Where entries of the table are: log-sum-exps and, with kExpect, expected scores.
 template <class A>
-__device__ __forceinline__ void add_entry(Lse<A>& lse, A entry) {
+struct EntryPointers {
+  A* lse;
+  A* expected;
+
+  __device__ __forceinline__ EntryPointers operator+(int64_t by) const {
+    return {lse + by, expected + by};
+  }
+};
+
+template <class A, bool kExpect>
+__device__ __forceinline__ void store_entry(const EntryPointers<A>& to, int64_t at,
+                                            const Lse<A, kExpect>& lse) {
+  to.lse[at] = lse.value();
+  if constexpr (kExpect) to.expected[at] = lse.expected();
+}
+template <class A, bool kExpect>
+__device__ __forceinline__ void add_stored(Lse<A, kExpect>& lse, const EntryPointers<A>& from,
+                                           int64_t at) {
+  lse.add_entry(from.lse[at], kExpect ? from.expected[at] : A(0));
+}
+
+// Add an entry with no branch, so that neither loads nor exponentials wait for the sum before them.
+template <class A, bool kExpect>
+__device__ __forceinline__ void add_entry(Lse<A, kExpect>& lse, A entry, A expected = A(0)) {
   const A top = entry > lse.max ? entry : lse.max;
   const A from = top == minus_infinity<A>() ? A(0) : top;  // -inf minus -inf would be NaN
+  if constexpr (kExpect)
+    lse.weighted = lse.weighted * exp_(lse.max - from) + exp_(entry - from) * expected;
   lse.sum = lse.sum * exp_(lse.max - from) + exp_(entry - from);
   lse.max = top;
 }

@@ -17,9 +17,10 @@ namespace contaccum {
 constexpr int kRowWarps = 4;  // fewer than kWarps: a bank of 2,048 slots should reach every SM
 constexpr int kRowThreads = 32 * kRowWarps;
 
-template <class S, int V>
+template <class S, int V, bool kExpect>
 class BankedRows {
   using A = Acc<S>;
+  using RowLse = Lse<A, kExpect>;
   static constexpr int L = kLocals<A>, T = kTileRows<A>;
 
  public:
@@ -34,27 +35,32 @@ class BankedRows {
     rows_from(static_cast<const S*>(a.queries), first, ring.fill - 1, a.d, rows);
   }
 
-  // The loss of the lane's row where the lane is its leader, else 0.
-  __device__ double run(bool upkeep) {
+  // The loss of the lane's row where the lane is its leader, else 0. With kExpect scale_term
+  // becomes its expected score less its own one.
+  __device__ double run(bool upkeep, double& scale_term) {
     const bool in_loss = a.banked_rows && valid && ring.in_window(slot);
     const bool offsets = a.use_offsets && a.banked_rows;
-    Lse<A> loss, fresh;
+    RowLse loss, fresh;
     if (upkeep && valid) {
       fresh.max = a.row(kFreshMax)[slot];
       fresh.sum = a.row(kFreshSum)[slot];
+      if constexpr (kExpect) fresh.weighted = a.expected_row(kFreshWeighted)[slot];
     }
     for (int row = 0; row < a.n;) {  // the parts of the batch that land in one block
       const int to = upkeep ? ring.slot_of(row) : 0;
       const int end = upkeep ? min(a.n, row + ring.block_end(to / a.block) - to) : a.n;
-      Lse<A> plain;
+      RowLse plain;
       for (int c = row * a.m; c < end * a.m; c += L)
         local_columns(c, end * a.m, offsets, plain, loss);
       plain.merge_lanes(L);
       if (!offsets) loss.add(plain);
       fresh.add(plain);
       if (upkeep && to + end - row == ring.block_end(to / a.block)) {
-        if (leader) a.block_lse[int64_t(to / a.block) * a.capacity + slot] = fresh.value();
-        fresh = Lse<A>{};
+        const int b = to / a.block;
+        if (leader) a.block_lse[int64_t(b) * a.capacity + slot] = fresh.value();
+        if constexpr (kExpect)
+          if (leader) a.expected_block(b)[slot] = fresh.expected();
+        fresh = RowLse{};
       }
       row = end;
     }
@@ -62,14 +68,21 @@ class BankedRows {
       if (leader) {
         a.row(kFreshMax)[slot] = fresh.max;
         a.row(kFreshSum)[slot] = fresh.sum;
+        if constexpr (kExpect) a.expected_row(kFreshWeighted)[slot] = fresh.weighted;
       }
       keep_groups();
     }
     if (offsets) loss.merge_lanes(L);
     if (!in_loss || !leader) return 0;
-    loss.add_lse(a.row(a.banked_columns ? kRowLse : kPositive)[slot]);
+    A* const banked = a.row(a.banked_columns ? kRowLse : kPositive);
+    if constexpr (kExpect)  // of one's own positive alone the score is the expected one
+      loss.add_entry(banked[slot],
+                     (a.banked_columns ? a.expected_row(kRowExpected) : banked)[slot]);
+    else
+      loss.add_lse(banked[slot]);
     const A lse = loss.value();
     a.row_lse[slot] = lse;
+    if constexpr (kExpect) scale_term = double(loss.expected()) - double(a.row(kPositive)[slot]);
     return double(lse) - double(a.row(kPositive)[slot]);
   }
 
@@ -78,17 +91,21 @@ class BankedRows {
     const Upkeep<S> upkeep(ring);
     for (int i = 0; i < upkeep.count(); ++i) {
       const UpkeepItem item = upkeep.item(i);
-      const A lse = banked_columns(item.begin, item.end);
+      const RowLse lse = banked_columns(item.begin, item.end);
       if (!leader) continue;
       if (item.group < 0)
-        a.row(kOldLse)[slot] = lse;
+        a.row(kOldLse)[slot] = lse.value();
       else
-        a.group_lse[int64_t(item.group) * a.capacity + slot] = lse;
+        a.group_lse[int64_t(item.group) * a.capacity + slot] = lse.value();
+      if constexpr (kExpect) {
+        A* const to = item.group < 0 ? a.expected_row(kOldExpected) : a.expected_group(item.group);
+        to[slot] = lse.expected();
+      }
     }
   }
 
  private:
-  __device__ void local_columns(int column, int end, bool offsets, Lse<A>& plain, Lse<A>& biased) {
+  __device__ void local_columns(int column, int end, bool offsets, RowLse& plain, RowLse& biased) {
     const int mine = column + lane_local<A>();
     A s = warp_scores<V>(rows, a.local_passages, column, end - 1, a.d) * a.scale;
     if (mine >= end || (positive_id != -1 && a.local_ids[mine] == positive_id))
@@ -110,8 +127,8 @@ class BankedRows {
   }
 
   // Log-sum-exp of the rows over slots [begin, end) of the bank.
-  __device__ A banked_columns(int begin, int end) {
-    Lse<A> lse;
+  __device__ RowLse banked_columns(int begin, int end) {
+    RowLse lse;
     for (int c = begin * a.m; c < end * a.m; c += L) {
       const int mine = c + lane_local<A>();
       A s = warp_scores<V>(rows, a.passages, c, end * a.m - 1, a.d) * a.scale;
@@ -121,7 +138,7 @@ class BankedRows {
       lse.add_score(s);
     }
     lse.merge_lanes(L);
-    return lse.value();
+    return lse;
   }
 
   const Args<S>& a;
@@ -132,23 +149,32 @@ class BankedRows {
   const S* rows[T];
 };
 
-// Grid (row_blocks).
-template <class S, int V>
+// Of all warps, by thread 0.
+__device__ __forceinline__ void store_sum(double x, double* to) {
+  __shared__ double sums[kRowWarps];
+  x = warp_sum(x);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < kRowWarps; ++w) sums[0] += sums[w];
+  *to = sums[0];
+}
+
+// Grid (row_blocks). kExpect: expected scores are kept.
+template <class S, int V, bool kExpect>
 __global__ void __launch_bounds__(kRowThreads) banked_rows(const Args<S> a) {
   const Ring<S> ring(a, a.position);
   const bool upkeep = a.incremental && batch_is_finite(a);
-  __shared__ double losses[kRowWarps];
-  const int warp = threadIdx.x / 32;
-  const int first = (blockIdx.x * kRowWarps + warp) * kTileRows<Acc<S>>;
-  double loss = 0;
+  const int first = (blockIdx.x * kRowWarps + threadIdx.x / 32) * kTileRows<Acc<S>>;
+  double loss = 0, scale_term = 0;
   if (first < ring.fill && (upkeep || a.banked_rows))
-    loss = BankedRows<S, V>(a, ring, first).run(upkeep);
-  loss = warp_sum(loss);
-  if (threadIdx.x % 32 == 0) losses[warp] = loss;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (int w = 1; w < kRowWarps; ++w) losses[0] += losses[w];
-  a.losses[a.n + blockIdx.x] = losses[0];
+    loss = BankedRows<S, V, kExpect>(a, ring, first).run(upkeep, scale_term);
+  store_sum(loss, a.losses + a.n + blockIdx.x);
+  if constexpr (kExpect) {
+    if (a.terms == nullptr) return;
+    __syncthreads();  // the sums take the place of the losses
+    store_sum(scale_term, a.terms + a.n + blockIdx.x);
+  }
 }
 
 // The groups alone, in a step that needs more of them than `most`: those are products' to keep
@@ -158,7 +184,7 @@ __global__ void __launch_bounds__(kRowThreads) keep_many_groups(const Args<S> a,
   const Ring<S> ring(a, a.position);
   if (Upkeep<S>(ring).count() <= most || !batch_is_finite(a)) return;
   const int first = (blockIdx.x * kRowWarps + threadIdx.x / 32) * kTileRows<Acc<S>>;
-  if (first < ring.fill) BankedRows<S, V>(a, ring, first).keep_groups();
+  if (first < ring.fill) BankedRows<S, V, false>(a, ring, first).keep_groups();
 }
 
 }  // namespace contaccum

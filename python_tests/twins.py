@@ -1,0 +1,265 @@
+"""A bank and its oracle, side by side through a history.
+
+`Twins` gives every call to the op and to the oracle and compares all there is to compare.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from strategies import MAX_ID, TEMPERATURES, Setup, Step
+from tolerances import Bounds, Kernels, Sizes, assert_gradient, assert_scalar, assert_table, bounds
+from torch import Tensor
+
+import contaccum_ext as ca
+from contaccum_ext import ops, reference
+from contaccum_ext.reference import accumulation_dtype
+
+
+class ExactBank(reference.DualMemoryBank):
+    """The oracle's bank with running means in float64, whatever the bank's dtype."""
+
+    def clear(self) -> None:
+        super().clear()
+        self.mean = self.mean.double()
+
+
+def scratch_table(bank: ca.DualMemoryBank, written: int, scale: float) -> Tensor:
+    """Invariant T from its definition: (F, blocks) float64, from the banked vectors and ids alone.
+
+    `written` is the number of slots ever written, from which the ring positions follow.
+    """
+    scores, of_block = _scratch_scores(bank, scale), _blocks_of_columns(bank, written)[0, :, 0]
+    columns = [scores[:, of_block == b].flatten(1) for b in range(bank.block_lse.shape[0])]
+    empty = scores.new_full((len(scores),), -math.inf)
+    return torch.stack([c.logsumexp(1) if c.shape[1] else empty for c in columns], 1)
+
+
+def _scratch_scores(bank: ca.DualMemoryBank, scale: float) -> Tensor:
+    """(F, F, m) float64 scores of banked rows with banked columns, masked, oldest first."""
+    q, p, ids = bank.queries().double(), bank.passages().double(), bank.passage_ids()
+    scores = scale * torch.einsum("id,jkd->ijk", q, p)
+    same = (ids[:, :1, None] == ids) & (ids[:, :1, None] != -1)
+    index = torch.arange(len(ids))
+    same[index, index, 0] = False  # the target itself stays
+    return scores.masked_fill(same, -math.inf)
+
+
+def _blocks_of_columns(bank: ca.DualMemoryBank, written: int) -> Tensor:
+    """(1, F, 1) the block of each banked slot, oldest first."""
+    slot = torch.arange(written - len(bank), written) % bank.capacity
+    return (slot // bank.layout.block).to(bank.cursor.device)[None, :, None]
+
+
+def scratch_expected(bank: ca.DualMemoryBank, written: int, scale: float) -> Tensor:
+    """(F, blocks) float64: what the second table is to hold, from vectors and ids alone."""
+    scores, lse = _scratch_scores(bank, scale), scratch_table(bank, written, scale)
+    of_block = _blocks_of_columns(bank, written)
+    expected = torch.zeros_like(lse)
+    for b in range(lse.shape[1]):
+        inside = (of_block == b) & ~torch.isinf(scores)
+        weights = (scores - lse[:, b, None, None]).exp()
+        expected[:, b] = torch.where(inside, weights * scores, 0.0).sum((1, 2))
+    return expected
+
+
+def expected_table(bank: ca.DualMemoryBank) -> Tensor:
+    """(F, blocks) the bank's expected scores, oldest row first, as `DualMemoryBank.table`."""
+    blocks, head = bank.block_lse.shape[0], int(bank.cursor[0]) // bank.layout.block
+    table = bank.expected[:blocks].clone()
+    fresh, old = bank.expected[-2], bank.expected[-1]  # kFreshWeighted, kOldExpected
+    lse = bank.row_state[ops.FRESH_MAX] + bank.row_state[ops.FRESH_SUM].log()
+    both = torch.logaddexp(lse, bank.row_state[ops.OLD_LSE])
+    of_fresh = (bank.row_state[ops.FRESH_MAX] - both).exp() * fresh
+    of_old = (bank.row_state[ops.OLD_LSE] - both).exp() * old
+    table[head] = torch.where(torch.isinf(both), 0.0, of_fresh + of_old)
+    return table[:, bank.slots()].T
+
+
+class Twins:
+    """A bank and its oracle; `run` gives one step to both and compares them."""
+
+    def __init__(self, setup: Setup, device: str, library: bool = False) -> None:
+        s = self.setup = setup
+        self.device, self.kernels = device, Kernels(device, library)
+        self.bank = setup.bank(device)
+        self.oracle = ExactBank(
+            s.capacity, s.d, s.m, s.bank_dtype, s.drift, layout=self.bank.layout
+        )
+        self.temperature(Step("temperature", value=TEMPERATURES[setup.seed % 2]))
+        self.averaged = self.bank.layout.offset_block if setup.drift == "mean" else 0
+        self.largest_batch = 1
+        self.table_scale: float | None = (
+            None  # the scale of the last call: what the table holds for
+        )
+        self.norm = self.component = 0.0  # the largest of any vector or offset so far
+        self.generator = torch.Generator().manual_seed(setup.seed)
+
+    def draw(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        x = torch.randn(*shape, generator=self.generator, dtype=torch.float64) * self.setup.size
+        return self.measured(x.to(dtype or self.setup.input_dtype)).to(self.device)
+
+    def measured(self, x: Tensor) -> Tensor:
+        # twice: a vector and the offset added to it
+        self.norm = max(self.norm, 2 * x.double().norm(dim=-1).max().item())
+        self.component = max(self.component, 2 * x.double().abs().max().item())
+        return x
+
+    def draw_batch(self, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        s = self.setup
+        self.largest_batch = max(self.largest_batch, n)
+        q, p = self.draw(n, s.d), self.draw(n, s.m, s.d)
+        if not s.ids:
+            return q, p, None
+        ids = torch.randint(-1, MAX_ID, (n, s.m), generator=self.generator)
+        return q, p, ids.to(self.device)
+
+    def bounds(self, row_weight: float = 1.0) -> Bounds:
+        s = self.setup
+        # The difference of two running means is at most two norms: with the vector three, not two.
+        more = 1.5 if s.drift == "mean" else 1.0
+        sizes = Sizes(
+            n=self.largest_batch,
+            m=s.m,
+            d=s.d,
+            filled=len(self.oracle),
+            scale=1 / self.tau,
+            norm=more * self.norm,
+            component=more * self.component,
+            row_weight=row_weight,
+            averaged=self.averaged,
+        )
+        return bounds(sizes, s.bank_dtype, self.kernels)
+
+    def run(self, step: Step) -> None:
+        getattr(self, step.kind)(step)
+        self.check_bank()
+
+    def temperature_for(self, dtype: torch.dtype, device: str = "cpu") -> float | Tensor:
+        """The temperature as a loss gets it: a leaf of that dtype where it is learned."""
+        if not self.setup.learn:
+            return self.tau
+        return torch.tensor(self.tau, dtype=dtype, device=device, requires_grad=True)
+
+    def loss(self, step: Step) -> None:
+        s = self.setup
+        q, p, ids = self.draw_batch(step.n)
+        q, p = q.requires_grad_(), p.requires_grad_()
+        options, weighted_all = dict(step.options), step.options.get("row_weighting") == "all"
+        if s.symmetric:
+            options |= {"banks": "both", "symmetric": True, "enqueue": True}
+        used = min(self.oracle.effective_window(), len(self.oracle))
+        rows = step.n + (used if options.get("banks") != "passages" else 0)
+        tol = self.bounds(1 / (rows if weighted_all else step.n))
+
+        acc = accumulation_dtype(s.bank_dtype)
+        plain = [x.detach().cpu().requires_grad_() for x in (q, p)]
+        exact = [x.detach().cpu().double().requires_grad_() for x in (q, p)]
+        taus = [self.temperature_for(d) for d in (acc, torch.float64)]
+        given = (ids if ids is None else ids.cpu(),)
+        not_yet, double = {"enqueue": False}, {"compute_dtype": torch.float64}
+        inputs = [self.oracle, taus[0], *given]
+        plain_loss = reference.contaccum_loss(*plain, *inputs, **{**options, **not_yet})
+        inputs[1] = taus[1]
+        one_way = {**options, "symmetric": False, **not_yet}
+        first = reference.contaccum_loss(*exact, *inputs, **one_way, **double)
+        exact_loss = reference.contaccum_loss(*exact, *inputs, **options, **double)
+        tau = self.temperature_for(acc, self.device)
+        ours = ca.contaccum_loss(q, p, self.bank, tau, ids, **options)
+
+        assert ours.dtype == acc
+        assert_scalar("loss", ours.cpu(), plain_loss, exact_loss, tol.loss)
+        leaves = [([q, p], tau), (plain, taus[0]), (exact, taus[1])]
+        wanted = [x if isinstance(t, float) else [*x, t] for x, t in leaves]
+        grads, plain_grads, exact_grads = (
+            torch.autograd.grad(loss, inputs)
+            for loss, inputs in zip((ours, plain_loss, exact_loss), wanted, strict=True)
+        )
+        one_way_grads = torch.autograd.grad(first, exact)
+        # In the other direction queries are columns and positives are rows.
+        both = max(tol.dq, tol.dp), max(tol.dq_l2, tol.dp_l2)
+        allowed = [both, both] if s.symmetric else [(tol.dq, tol.dq_l2), (tol.dp, tol.dp_l2)]
+        for i, name in enumerate(("dq", "dp")):
+            x, one = exact_grads[i], one_way_grads[i].double()
+            # Each direction's half is rounded, then their sum.
+            rounded = x.abs() + (one.abs() + (2 * x - one).abs()) / 2 if s.symmetric else None
+            pair = (plain_grads[i], x)
+            assert_gradient(name, grads[i].cpu(), *pair, *allowed[i], rounded=rounded)
+        if s.learn:
+            pair = (plain_grads[2], exact_grads[2])
+            assert_scalar("d_temperature", grads[2].cpu(), *pair, tol.temperature)
+        self.table_scale = 1 / self.tau
+
+    def enqueue(self, step: Step) -> None:
+        q, p, ids = self.draw_batch(step.n)
+        self.bank.enqueue(q, p, ids)
+        self.oracle.enqueue(q.cpu(), p.cpu(), ids if ids is None else ids.cpu())
+        if self.table_scale is None:
+            self.table_scale = 1.0
+
+    def window(self, step: Step) -> None:
+        self.bank.window = step.value
+        self.oracle.window = step.value
+
+    def temperature(self, step: Step) -> None:
+        # As a learned temperature of that dtype has it.
+        self.tau = torch.tensor(step.value, dtype=accumulation_dtype(self.setup.bank_dtype)).item()
+
+    def offsets(self, step: Step) -> None:
+        if self.setup.drift != "none":
+            return
+        blocks, s = self.bank.layout.offset_blocks(self.setup.capacity), self.setup
+        acc = accumulation_dtype(s.bank_dtype)
+        q, p = self.draw(blocks, s.d, dtype=acc), self.draw(blocks, s.m, s.d, dtype=acc)
+        self.bank.set_offsets(q, p)
+        self.oracle.set_offsets(q.cpu(), p.cpu())
+        self.averaged = self.bank.layout.offset_block
+
+    def reload(self, step: Step) -> None:
+        """Go on with another bank that got this one's state."""
+        fresh = self.setup.bank(self.device)
+        fresh.load_state_dict(self.bank.state_dict())
+        self.bank = fresh
+
+    def clear(self, step: Step) -> None:
+        self.bank.clear()
+        self.oracle.clear()
+        self.table_scale = None
+
+    def check_bank(self) -> None:
+        """Contents to the bit, the window, the offsets and Invariant T."""
+        bank, oracle = self.bank, self.oracle
+        assert len(bank) == len(oracle)
+        assert torch.equal(bank.queries().cpu(), oracle.queries())
+        assert torch.equal(bank.passages().cpu(), oracle.passages())
+        assert torch.equal(bank.passage_ids().cpu(), oracle.passage_ids())
+        assert bank.window == oracle.effective_window()
+        tol = self.bounds()
+        for ours, exact in (
+            (bank.query_offsets(), oracle.query_offsets()),
+            (bank.passage_offsets(), oracle.passage_offsets()),
+        ):
+            assert ours.shape == exact.shape
+            error = (ours.double().cpu() - exact.double()).abs()
+            assert error.numel() == 0 or error.max() <= tol.offset, (ours, exact)
+        if self.table_scale is not None:
+            exact = scratch_table(bank, oracle.written, self.table_scale)
+            assert_table(bank.table(), exact, tol.table)
+            if self.setup.learn:
+                exact = scratch_expected(bank, oracle.written, self.table_scale)
+                assert_table(expected_table(bank), exact, tol.expected)
+        if bank.mirror is not None:
+            self.check_mirror(bank, bank.mirror)
+
+    def check_mirror(self, bank: ca.DualMemoryBank, mirror: ca.DualMemoryBank) -> None:
+        """The same slots with queries and positives exchanged, and a table of its own."""
+        assert torch.equal(mirror.cursor, bank.cursor)
+        assert torch.equal(mirror.queries(), bank.passages()[:, 0])
+        assert torch.equal(mirror.passages()[:, 0], bank.queries())
+        assert torch.equal(mirror.passage_ids(), bank.passage_ids()[:, :1])
+        assert torch.equal(mirror.means, bank.means[:, :2].flip(1))
+        assert mirror.window == bank.window
+        if self.table_scale is not None:
+            exact = scratch_table(mirror, self.oracle.written, self.table_scale)
+            assert_table(mirror.table(), exact, self.bounds().table)
