@@ -4,7 +4,7 @@
     compute-sanitizer --tool racecheck python scripts/sanitize.py [NAME ...]
 
 Likewise memcheck, synccheck and initcheck; for the last, PYTORCH_NO_CUDA_MEMORY_CACHING=1 lets it
-see where an allocation ends. NAMEs, or how they begin, choose among the histories; all without.
+see where an allocation ends. NAMEs, or how several begin, choose among the histories; all without.
 The values are the tests' business, here they only must be finite.
 
 Tools take their time by launch and by access to memory. So banks are small and steps few: a bank is
@@ -126,13 +126,16 @@ def main() -> None:
     """The histories asked for, and a loss without a bank."""
     parser = argparse.ArgumentParser(description="Take every CUDA kernel through a few steps.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(HISTORIES))
-    prefixes = tuple(parser.parse_args().names) or ("",)
-    chosen = {name: case for name, case in HISTORIES.items() if name.startswith(prefixes)}
-    if unknown := [p for p in prefixes if not any(name.startswith(p) for name in HISTORIES)]:
-        parser.error(f"no history is called {unknown[0]}; there are {', '.join(HISTORIES)}")
+    wanted = parser.parse_args().names or [""]
+    chosen = {}
+    for start in wanted:
+        found = [start] if start in HISTORIES else [n for n in HISTORIES if n.startswith(start)]
+        if not found:
+            parser.error(f"no history is called {start}; there are {', '.join(HISTORIES)}")
+        chosen |= {name: HISTORIES[name] for name in found}
     for name, case in chosen.items():
         run(name, case)
-    if "" in prefixes:
+    if "" in wanted:
         without_bank()
     torch.cuda.synchronize()
     print(f"{len(chosen)} histories, all finite")
