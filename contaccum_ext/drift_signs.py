@@ -23,6 +23,7 @@ from contaccum_ext.bank import DualMemoryBank
 SAMPLE = 64  # queries, and slots of either age
 WARNING = 0.5
 LOOKS = 3  # in a row, before anything is said
+EVERY = 10  # updates between looks where nobody asks for more: each takes less than a millisecond
 _NARROW_UPDATES = 2  # a window of so many has lost what a bank is for
 
 

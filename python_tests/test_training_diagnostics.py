@@ -116,6 +116,14 @@ def test_metrics_tell_how_old_slots_are_scored_beside_new_ones(start, tmp_path, 
     assert [queries_alone.update().bank_score_gap for _ in range(2)] == [None, None]
 
 
+def test_the_sign_is_looked_for_in_every_tenth_update_by_itself(start, tmp_path):
+    trainer = make_trainer(start, tmp_path, bank_size=20, epochs=8)
+    history = [trainer.update() for _ in range(20)]
+    told = [metrics.update for metrics in history if metrics.bank_score_gap is not None]
+    assert told == [10, 20]
+    assert all(metrics.mass_local is None for metrics in history)
+
+
 def test_a_sign_that_stays_is_warned_of_once(start, tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "score_shift", lambda *_: ScoreShift(1.0, 1.0))
     trainer = make_trainer(start, tmp_path, drift="mean", diagnostics_every=2)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class UpdateMetrics:
     """One line of metrics.jsonl.
 
-    The last five are of every `diagnostics_every`-th update, else None: three of its last
-    micro-batch, two of the bank behind that.
+    The last five are not of every update, else None. Three are of the last micro-batch of every
+    `diagnostics_every`-th update, and two of the bank behind that and behind every tenth one.
 
     Args:
         update: counted from 1.

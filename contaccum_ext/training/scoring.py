@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from contaccum_ext.bank import DualMemoryBank
 from contaccum_ext.bank_size import mean_decay, predicted_mean_decay
-from contaccum_ext.drift_signs import DriftWatch, ScoreShift, score_shift
+from contaccum_ext.drift_signs import EVERY, DriftWatch, ScoreShift, score_shift
 from contaccum_ext.functional import contaccum_loss
 from contaccum_ext.losses import LearnedTemperature
 from contaccum_ext.training.diagnostics import BankAges, Look, look
@@ -72,6 +72,7 @@ class Scoring:
         self.ages = BankAges(0 if self.bank is None else self.bank.capacity)
         self.look: Look | None = None  # of the last micro-batch of this update, if it was wanted
         self.shift: ScoreShift | None = None  # likewise, when all of it was enqueued
+        self._looked = False  # for a shift, in this update
         self._watch = DriftWatch()
         self._update = 0
 
@@ -79,6 +80,7 @@ class Scoring:
         """Prepare the bank for update `update`, counted from 0."""
         self._update = update
         self.look = self.shift = None
+        self._looked = False
         if self.learned is not None:
             self.temperature = self.learned.value
         if self.bank is not None and self.config.clear_bank_every_update:
@@ -100,7 +102,8 @@ class Scoring:
             return self.in_batch_loss(queries, passages, passage_ids)
         every = self.config.diagnostics_every
         waiting = self._update < self.config.bank_warmup_updates
-        wanted = last and bool(every) and (self._update + 1) % every == 0 and not waiting
+        due = last and not waiting
+        wanted = due and bool(every) and (self._update + 1) % every == 0
         if wanted:
             ages, ids = self.ages.of_slots(self._update), self._ids(passage_ids)
             batch = (queries, passages, ids)
@@ -112,8 +115,9 @@ class Scoring:
                 self._against_bank(queries, passages, passage_ids)
             return self.in_batch_loss(queries, passages, passage_ids)
         loss = self._against_bank(queries, passages, passage_ids)
-        if wanted and self.banks != "queries":
+        if due and (wanted or (self._update + 1) % EVERY == 0) and self.banks != "queries":
             self.shift = score_shift(self.bank, self.config.update_size)
+            self._looked = True
         return loss
 
     def in_batch_loss(self, queries: Tensor, passages: Tensor, passage_ids: Tensor) -> Tensor:
@@ -130,7 +134,7 @@ class Scoring:
 
     def warnings(self) -> list[str]:
         """What the update has shown of drift, in words, once for each thing."""
-        said = self._watch.scores(self.shift, self.drift) if self.look is not None else []
+        said = self._watch.scores(self.shift, self.drift) if self._looked else []
         if self.bank is not None and self.transport is not None:
             fresh = self.transport.within_limit()
             said += self._watch.window(self.bank, fresh, self.config.update_size)
