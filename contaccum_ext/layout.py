@@ -69,10 +69,15 @@ class BankLayout:
         return -(-capacity // self.offset_block)
 
     def mean_rows(self, capacity: int, slots: Tensor, head: Tensor) -> Tensor:
-        """Rows of the means buffer that hold the stored means of slots; the next write is `head`.
+        """(S,) int64 rows of the means buffer that hold the stored means of slots.
 
         What head has yet to overwrite in its offset block is a lap older than the rest of it: its
         mean is in the last row.
+
+        Args:
+            capacity: slots C.
+            slots: (S,) int64 ring positions.
+            head: (scalar) int64 tensor, the next slot to be written.
         """
         block = slots // self.offset_block
         older = (slots >= head) & (block == head // self.offset_block)
