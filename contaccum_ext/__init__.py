@@ -2,6 +2,7 @@
 
 from contaccum_ext import reference
 from contaccum_ext.bank import DualMemoryBank
+from contaccum_ext.bank_size import mean_decay
 from contaccum_ext.functional import contaccum_loss
 from contaccum_ext.layout import BankLayout
 from contaccum_ext.losses import ContAccumLoss
@@ -13,6 +14,7 @@ __all__ = [
     "ContAccumLoss",
     "DualMemoryBank",
     "contaccum_loss",
+    "mean_decay",
     "reference",
     "transport",
 ]

@@ -28,7 +28,8 @@ class DualMemoryBank(BankState):
             All sums are float32 (float64 for float64).
         device: where the buffers live.
         drift: "none", or "mean": correct old representations by the shift of their mean.
-        drift_decay: decay per micro-batch of the running means that "mean" keeps.
+        drift_decay: decay per micro-batch of the running means that "mean" keeps; 0.9 suits 16
+            micro-batches an update, `mean_decay` says what suits others: means must not lag.
         layout: how slots are grouped; the default suits the capacity.
         learn_temperature: keep what the gradient of a temperature needs, a second table as large
             as the first.

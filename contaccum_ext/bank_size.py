@@ -24,29 +24,24 @@ def auto_bank_size(update_size: int, training_queries: int | None = None) -> int
     return slots if training_queries is None else min(slots, training_queries)
 
 
-def mean_decay(micro_batches: int) -> float:
+def mean_decay(micro_batches: int, predicted: bool = False) -> float:
     """Decay per micro-batch of the running means that ``drift="mean"`` keeps.
 
     They lag by decay / (1 - decay) micro-batches, and a mean that lags by more than about an update
     is itself what a model learns to tell age by (docs/drift.md): so the lag is 9/16 of an update.
+    Where `BankTransport` moves the means too they do not lag, and may be averages over more: nine
+    micro-batches, but at most 9/4 updates.
 
     Args:
-        micro_batches: scored against the bank in an optimizer update, K.
+        micro_batches: (count) scored against the bank in an optimizer update, K.
+        predicted: the means are those of a transported bank.
+
+    Returns:
+        (number) for ``DualMemoryBank(drift_decay=...)``.
     """
-    lag = 9 / 16 * micro_batches
-    return lag / (1 + lag)
-
-
-def predicted_mean_decay(micro_batches: int) -> float:
-    """The same where transport moves the running means too, so that they do not lag.
-
-    They may then be averages over more: what is averaged is how far the probes were off. Nine
-    micro-batches, but at most 9/4 updates, were as good as less or better (docs/drift.md).
-
-    Args:
-        micro_batches: scored against the bank in an optimizer update, K.
-    """
-    average = max(9 / 16 * micro_batches, min(9.0, 9 / 4 * micro_batches))
+    average = 9 / 16 * micro_batches
+    if predicted:
+        average = max(average, min(9.0, 9 / 4 * micro_batches))
     return average / (1 + average)
 
 

@@ -83,6 +83,7 @@ class ContAccumLoss(nn.Module):
         dtype: what representations are rounded to: float32, float64, bfloat16 or float16.
         device: where the bank lives.
         drift: "none", or "mean": correct old representations by the shift of their mean.
+        drift_decay: decay per micro-batch of the means; see `mean_decay`.
         learn_temperature: begin with `temperature` and learn it, with the exact gradient of the
             whole loss: ``learned.log_scale`` is a parameter to be handed to the optimizer, without
             weight decay. Each call then waits for the device once.
@@ -107,6 +108,7 @@ class ContAccumLoss(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         drift: str = "none",
+        drift_decay: float = 0.9,
         learn_temperature: bool = False,
         max_scale: float = MAX_SCALE,
         symmetric: bool = False,
@@ -119,6 +121,7 @@ class ContAccumLoss(nn.Module):
             dtype,
             device,
             drift,
+            drift_decay,
             learn_temperature=learn_temperature,
             symmetric=symmetric,
         )

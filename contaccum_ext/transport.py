@@ -209,7 +209,8 @@ class BankTransport:
     widens with newer slots once the model moves more slowly.
 
     Args:
-        bank: with ``drift="mean"``, or "none"; see `transport`.
+        bank: with ``drift="mean"`` and ``mean_decay(K, predicted=True)``, or "none"; see
+            `transport`.
         ridge: larger trusts the probes less; see `transport`.
         normalize: for encoders that bring their vectors to length 1; see `transport`.
         limit: staleness in use, in spreads of fresh vectors; None sets no window.

@@ -49,7 +49,8 @@ def recall_at_20() -> float:
 
 
 print(f"Recall@20 before training: {recall_at_20():.3f}")
-bank = ca.DualMemoryBank(capacity=256, dim=128, drift="mean")  # 1. eight updates' worth of slots
+decay = ca.mean_decay(ACCUMULATION)  # means must not lag behind the model
+bank = ca.DualMemoryBank(256, 128, drift="mean", drift_decay=decay)  # 1. eight updates' worth
 
 for update in range(UPDATES):
     total = 0.0

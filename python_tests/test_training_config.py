@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from contaccum_ext.bank_size import mean_decay, predicted_mean_decay
+from contaccum_ext.bank_size import mean_decay
 from contaccum_ext.training import METHODS, ConfigError, TrainConfig
 from contaccum_ext.training.bank_width import bank_warnings
 from contaccum_ext.training.config import (
@@ -183,5 +183,5 @@ def test_running_means_lag_by_nine_sixteenths_of_an_update(micro_batches):
     ("micro_batches", "average"), [(1, 9 / 4), (2, 9 / 2), (4, 9), (16, 9), (32, 18)]
 )
 def test_predicted_means_are_averages_over_more(micro_batches, average):
-    decay = predicted_mean_decay(micro_batches)
+    decay = mean_decay(micro_batches, predicted=True)
     assert decay / (1 - decay) == pytest.approx(average)

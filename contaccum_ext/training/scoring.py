@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from contaccum_ext.bank import DualMemoryBank
-from contaccum_ext.bank_size import mean_decay, predicted_mean_decay
+from contaccum_ext.bank_size import mean_decay
 from contaccum_ext.drift_signs import EVERY, DriftWatch, ScoreShift, score_shift
 from contaccum_ext.functional import contaccum_loss
 from contaccum_ext.losses import LearnedTemperature
@@ -61,7 +61,7 @@ class Scoring:
                 passages_per_query=1 + config.hard_negatives * config.bank_hard_negatives,
                 device=device,
                 drift="mean" if follows else self.drift,
-                drift_decay=predicted_mean_decay(batches) if follows else mean_decay(batches),
+                drift_decay=mean_decay(batches, predicted=follows),
                 learn_temperature=config.learn_temperature,
                 symmetric=config.symmetric,
             )

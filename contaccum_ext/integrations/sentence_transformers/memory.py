@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from contaccum_ext.bank import DualMemoryBank
-from contaccum_ext.bank_size import auto_bank_size, auto_drift, predicted_mean_decay
+from contaccum_ext.bank_size import auto_bank_size, auto_drift, mean_decay
 from contaccum_ext.functional import contaccum_loss
 from contaccum_ext.integrations.sentence_transformers.probes import Move, Probes
 from contaccum_ext.integrations.sentence_transformers.settings import BankSettings
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 # Of running means, per batch. How many batches make an update may not be known; means that lag by
 # more than an update do harm, less smooth ones do not (docs/drift.md). These lag by one batch, and
 # those that probes predict are averages over little more than two.
-MEAN_DECAY, PREDICTED_MEAN_DECAY = 0.5, predicted_mean_decay(1)
+MEAN_DECAY, PREDICTED_MEAN_DECAY = 0.5, mean_decay(1, predicted=True)
 UNKNOWN_RUN_SLOTS = 1024  # of an automatic bank as long as nobody says how large an update is
 
 
