@@ -24,6 +24,7 @@ class BankState(nn.Module):
     dim: int
     passages_per_query: int
     drift: str
+    drift_decay: float
     learn_temperature: bool
     layout: BankLayout
     mirror: DualMemoryBank | None  # rows and columns exchanged, where the loss is symmetric
@@ -93,20 +94,21 @@ class BankState(nn.Module):
             self._has_ids = has_ids
 
     def get_extra_state(self) -> Tensor:
-        """(9,) float64: what is not a buffer; -1 for None."""
+        """(10,) float64: what is not a buffer; -1 for None."""
         has_ids = -1 if self._has_ids is None else int(self._has_ids)
         window = -1 if self._window is None else self._window
         scale = -1.0 if self._scale is None else self._scale
         state = (scale, has_ids, window, self._summed_window, int(self._manual_offsets))
         return torch.tensor((*state, *self._identity()), dtype=torch.float64)
 
-    def _identity(self) -> tuple[int, ...]:
+    def _identity(self) -> tuple[float, ...]:
         """What must be the same for a state to mean the same, beside the buffers' shapes."""
         table = self.layout
-        return (DRIFT.index(self.drift), table.group, table.offset_block, table.block)
+        decay = self.drift_decay if self.drift == "mean" else -1.0
+        return (DRIFT.index(self.drift), table.group, table.offset_block, table.block, decay)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take the state (9,) that ``get_extra_state`` gave."""
+        """Take the state (10,) that ``get_extra_state`` gave."""
         scale, has_ids, window, summed, manual = state[:5].tolist()
         self._scale = None if scale < 0 else scale
         self._has_ids = None if has_ids < 0 else bool(has_ids)
@@ -115,7 +117,7 @@ class BankState(nn.Module):
 
     def _differences(self, state_dict: dict, prefix: str) -> list[str]:
         """What makes a state that of another bank, the mirror's part included."""
-        wanted = {**self._shapes(self.bank_queries.dtype), "_extra_state": ((9,), torch.float64)}
+        wanted = {**self._shapes(self.bank_queries.dtype), "_extra_state": ((10,), torch.float64)}
         errors = []
         for name, (shape, dtype) in wanted.items():
             given = state_dict.get(prefix + name, "missing")
@@ -127,9 +129,10 @@ class BankState(nn.Module):
         if "expected" not in wanted and prefix + "expected" in state_dict:
             errors.append(f"{prefix}expected: expected none (learn_temperature=False), got some")
         if not errors:
-            identity = tuple(map(int, state_dict[prefix + "_extra_state"][5:].tolist()))
+            identity = tuple(state_dict[prefix + "_extra_state"][5:].tolist())
             if identity != self._identity():
-                names = f"(drift of {DRIFT}, layout.group, layout.offset_block, layout.block)"
+                layout = "layout.group, layout.offset_block, layout.block"
+                names = f"(drift of {DRIFT}, {layout}, drift_decay)"
                 errors.append(f"{prefix}bank: expected {names} {self._identity()}, got {identity}")
         if self.mirror is not None:
             errors += self.mirror._differences(state_dict, f"{prefix}mirror.")

@@ -80,7 +80,7 @@ def score_shift(bank: DualMemoryBank, update_size: int) -> ScoreShift | None:
 
 
 class DriftWatch:
-    """Says in words, and once, what looks at a bank have shown."""
+    """Says in words what looks at a bank have shown: once a run, and again after it is resumed."""
 
     def __init__(self) -> None:
         self._above = 0  # looks in a row

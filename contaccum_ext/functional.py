@@ -76,7 +76,8 @@ def contaccum_loss(
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the argument, what was expected and what came.
-            The bank is then as it was, to the bit. Differentiating twice is a RuntimeError.
+            The bank is then as it was, to the bit (the table of a mirror may have to be rebuilt).
+            Differentiating twice is a RuntimeError.
 
     Source: ContAccum, arXiv 2406.12356, equations 5-9; the other direction as in CLIP,
     arXiv 2103.00020, section 2.3.
@@ -95,6 +96,11 @@ def contaccum_loss(
             "temperature: expected one that requires no gradient, since the bank was made without "
             "learn_temperature=True, got one that does"
         )
+    if enqueue and bank is not None and bank._is_mirror:
+        raise ValueError(
+            "bank: expected one to take the batch, got the mirror of a symmetric bank, which is "
+            "filled through the bank itself"
+        )
     columns = passages.unsqueeze(1) if passages.dim() == 2 else passages
     options = _Options(scale, learned, row_weighting == "all", banks, enqueue)
     if not symmetric:
@@ -104,7 +110,7 @@ def contaccum_loss(
                 "take the batch, got False"
             )
         return _one_direction(queries, columns, passage_ids, bank, options)
-    _check_symmetric(queries, columns, passage_ids, bank, banks)
+    _check_symmetric(queries, columns, passage_ids, bank, banks, passages.dim() == 2)
     return _both_directions(queries, columns, passage_ids, bank, options)
 
 
@@ -258,7 +264,7 @@ def _check_arguments(queries, passages, bank, passage_ids) -> None:
         )
 
 
-def _check_symmetric(queries, columns, passage_ids, bank, banks) -> None:
+def _check_symmetric(queries, columns, passage_ids, bank, banks, squeezed) -> None:
     """What the op would say in the words of the other direction, and what it cannot say."""
     if banks != "both":
         raise ValueError(f"banks: expected 'both' with symmetric=True, got {banks!r}")
@@ -279,7 +285,10 @@ def _check_symmetric(queries, columns, passage_ids, bank, banks) -> None:
         raise TypeError(f"queries: expected dtype {kinds}, got {queries.dtype}")
     for name, tensor, shape in expected:
         if tuple(tensor.shape) != shape or 0 in shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+            came = tuple(tensor.shape)
+            if tensor is columns and squeezed:
+                came, shape = (came[0], came[2]), shape if m > 1 else (n, d)
+            raise ValueError(f"{name}: expected shape {shape}, got {came}")
     if columns.dtype != queries.dtype:
         raise TypeError(f"passages: expected {queries.dtype} as queries, got {columns.dtype}")
 

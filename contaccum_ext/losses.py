@@ -40,22 +40,29 @@ class LearnedTemperature(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        scale = 1 / validation.positive("temperature", temperature)
         self.max_scale = validation.positive("max_scale", max_scale)
+        self.log_scale = nn.Parameter(torch.tensor(0.0, dtype=dtype, device=device))
+        self.set(temperature)
+
+    @torch.no_grad()
+    def set(self, temperature: float) -> None:
+        """Go on from another temperature, a number of at least ``1 / max_scale``."""
+        scale = 1 / validation.positive("temperature", temperature)
         # Up to what rounding makes of 1 / (1 / max_scale).
         if scale > self.max_scale * (1 + 1e-12):
             raise ValueError(
                 f"temperature: expected at least 1 / max_scale = {1 / self.max_scale:g}, "
                 f"got {temperature}"
             )
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale), dtype=dtype, device=device))
+        self.log_scale.fill_(math.log(scale))
 
     def forward(self) -> Tensor:
         """() the temperature, with its graph."""
         highest = math.log(self.max_scale)
         if self.training:
-            with torch.no_grad():
-                self.log_scale.clamp_(max=highest)
+            # Not seen by autograd: the graph of an earlier call may hold the parameter, whose value
+            # this changes only after an optimizer step.
+            self.log_scale.data.clamp_(max=highest)
         return torch.exp(-self.log_scale.clamp(max=highest))
 
     @property
@@ -142,8 +149,7 @@ class ContAccumLoss(nn.Module):
         if self.learned is None:
             self._temperature = value
         else:
-            with torch.no_grad():
-                self.learned.log_scale.fill_(-math.log(validation.positive("temperature", value)))
+            self.learned.set(value)
 
     def forward(
         self, queries: Tensor, passages: Tensor, passage_ids: Tensor | None = None

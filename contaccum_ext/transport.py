@@ -250,6 +250,11 @@ class BankTransport:
         self._last = now
 
     @property
+    def started(self) -> bool:
+        """Whether the probes have been looked at: the next call moves the bank."""
+        return self._last is not None
+
+    @property
     def staleness(self) -> float:
         """Of the oldest slot in use, in spreads of fresh vectors; 0 before the first step."""
         return self._slots.staleness

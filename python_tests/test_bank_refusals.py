@@ -122,6 +122,7 @@ STATES = {
         ["layout"],
     ),
     # Its means are no running means: every banked vector would be shifted by the mean itself.
+    "means of another lag": (other_state(drift="mean", drift_decay=0.5), ["drift_decay"]),
     "without drift correction": (other_state(drift="none"), ["drift"]),
     "nothing": ({}, ["bank_queries", "missing"]),
     "no cursor": ({k: v for k, v in other_state().items() if k != "cursor"}, ["cursor", "missing"]),
@@ -138,7 +139,8 @@ STATES = {
 def target_for(name: str, device: str) -> ca.DualMemoryBank:
     if name == "a layout of the same shapes":
         return ca.DualMemoryBank(9, D, M, device=device, layout=ca.BankLayout(3, 6, 6))
-    return bank_with(device, drift="mean" if name == "without drift correction" else "none")
+    corrected = name in ("without drift correction", "means of another lag")
+    return bank_with(device, drift="mean" if corrected else "none")
 
 
 @pytest.mark.parametrize("name", STATES)

@@ -24,13 +24,8 @@ from benchmarks.drift.settings import Setting
 from benchmarks.drift.tables import FOLLOW, GUARDS, IDEAS
 
 CPU = torch.device("cpu")
-TRIED = (
-    *IDEAS,
-    *GUARDS,
-    *(("follow", options) for options in FOLLOW[:2]),
-    ("follow-mean", LIBRARY),
-    ("follow-mean", TURNED),
-)
+FOLLOWING = [("follow", options) for options in FOLLOW[:2]]
+TRIED = (*IDEAS, *GUARDS, *FOLLOWING, ("follow-mean", LIBRARY), ("follow-mean", TURNED))
 TINY = {"layers": 1, "n": 4, "accumulation": 2, "learning_rate": 1e-3, "bf16": False, "epochs": 4}
 
 

@@ -26,6 +26,25 @@ def batches(device, count: int, m: int = 2, d: int = 6):
         yield q, p, torch.randint(0, 9, (n, m), device=device)
 
 
+def test_two_losses_with_a_learned_temperature_may_be_summed(device):
+    """A scale above the largest is brought back by the first; the second changes nothing."""
+    summed, apart = (
+        ca.ContAccumLoss(7, 6, 2, temperature=0.05, learn_temperature=True, device=device)
+        for _ in range(2)
+    )
+    steps = list(batches(device, 4))
+    for loss_fn in (summed, apart):
+        with torch.no_grad():
+            loss_fn.learned.log_scale.fill_(9.0)
+    sum(summed(q, p) for q, p, _ in steps).backward()
+    for q, p, _ in steps:
+        apart(q, p).backward()
+    assert summed.temperature == pytest.approx(0.01)
+    found = summed.learned.log_scale.grad
+    torch.testing.assert_close(found, apart.learned.log_scale.grad)
+    assert found != 0
+
+
 @pytest.mark.parametrize("ids", [False, True])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_training_equals_the_function(device, options, ids):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 
 import pytest
@@ -184,6 +183,24 @@ def test_a_step_that_fails_half_way_leaves_the_halves_in_step(device, monkeypatc
         torch.testing.assert_close(*losses)
 
 
+def test_a_mirror_takes_no_batch_of_its_own(device):
+    bank = bank_with(device, slots=5, symmetric=True)
+    q, p = torch.randn(2, D, device=device), torch.randn(2, 1, D, device=device)
+    before = state(bank)
+    for fill in (lambda: ca.contaccum_loss(q, p, bank.mirror), lambda: bank.mirror.enqueue(q, p)):
+        with pytest.raises(ValueError, match=r"bank: expected one to take .* got the mirror"):
+            fill()
+        assert_same_state(bank, before)
+
+
+def test_vectors_of_the_wrong_number_are_refused_in_the_words_they_came_in(device):
+    bank = ca.DualMemoryBank(5, D, device=device, symmetric=True)
+    with pytest.raises(ValueError, match=rf"passages: expected shape \(2, {D}\), got \(3, {D}\)"):
+        ca.contaccum_loss(
+            torch.randn(2, D, device=device), torch.randn(3, D, device=device), bank, symmetric=True
+        )
+
+
 def test_a_state_is_loaded_by_both_halves_or_by_none(device):
     symmetric, plain = bank_with(device, symmetric=True), bank_with(device)
     with pytest.raises(RuntimeError, match="mirror: expected none"):
@@ -195,7 +212,7 @@ def test_a_state_is_loaded_by_both_halves_or_by_none(device):
             symmetric.load_state_dict(wrong)
         assert_same_state(symmetric, before)
     for missing in (lambda key: key.startswith("mirror."), lambda key: key == "means"):
-        with contextlib.suppress(RuntimeError):
+        with pytest.raises(RuntimeError, match=r"expected .* got missing"):
             symmetric.load_state_dict({k: v for k, v in saved.items() if not missing(k)})
         assert_same_state(symmetric, before)
     symmetric.load_state_dict(saved)

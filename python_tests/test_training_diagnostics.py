@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_retriever import tiny_dataset
 from trainer_parts import make_trainer
 
-from contaccum_ext import DualMemoryBank, contaccum_loss
+from contaccum_ext import BankLayout, DualMemoryBank, contaccum_loss
 from contaccum_ext.drift_signs import ScoreShift, score_shift
 from contaccum_ext.training import ConfigError, scoring
 from contaccum_ext.training.diagnostics import BankAges, look
@@ -86,6 +86,22 @@ def test_mass_and_masks_are_those_of_the_loss(drift):
     assert seen.mass_local == pytest.approx(masses[0].item(), rel=1e-5)
     assert seen.mass_by_age[0] == 0  # nothing of this update is banked yet
     assert seen.mass_by_age[1:] == pytest.approx(masses[1:].tolist(), rel=1e-5)
+
+
+def test_slots_outside_of_the_window_have_no_mass():
+    torch.manual_seed(0)
+    bank, ages = DualMemoryBank(8, 5, layout=BankLayout(1, 1, 1)), BankAges(8)
+    for update in range(4):
+        contaccum_loss(torch.randn(2, 5), torch.randn(2, 1, 5), bank, 0.5)
+        ages.enqueue(update, 2)
+    batch = torch.randn(3, 5), torch.randn(3, 1, 5), None
+    whole = look(*batch, bank, ages.of_slots(4), 0.5, "both")
+    bank.window = 3  # both of the last update and one of that before
+    seen = look(*batch, bank, ages.of_slots(4), 0.5, "both")
+    newest = DualMemoryBank(3, 5)
+    newest.enqueue(bank.queries()[-3:], bank.passages()[-3:])
+    assert seen == look(*batch, newest, ages.of_slots(4)[-3:], 0.5, "both")
+    assert len(whole.mass_by_age) == 5 and len(seen.mass_by_age) == 3
 
 
 @pytest.mark.parametrize("method", ["contaccum", "gradcache_contaccum"])

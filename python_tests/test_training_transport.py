@@ -99,6 +99,18 @@ def test_a_skipped_update_moves_nothing(two_towers, tmp_path):
     torch.testing.assert_close(trainer.method.bank.queries(), before, rtol=0, atol=0)
 
 
+def test_a_run_whose_first_update_is_skipped_moves_what_the_second_has_banked(two_towers, tmp_path):
+    trainer = make_trainer(two_towers, tmp_path, on_nonfinite="skip", **SETTINGS)
+    sound = trainer.method.accumulate
+    trainer.method.accumulate = lambda *a: type(sound(*a))(float("nan"), 0.0, (0,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.update()
+    assert not trainer.method.scoring.transport.started
+    trainer.method.accumulate = sound
+    assert trainer.update().bank_staleness > 0
+
+
 def test_the_window_and_the_staleness_are_in_the_metrics(two_towers, tmp_path):
     settings = SETTINGS | {"learning_rate": 0.3, "bank_size": 200, "drift_limit": 0.05}
     trainer = make_trainer(two_towers, tmp_path, epochs=5, **settings)

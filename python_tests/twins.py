@@ -263,3 +263,6 @@ class Twins:
         if self.table_scale is not None:
             exact = scratch_table(mirror, self.oracle.written, self.table_scale)
             assert_table(mirror.table(), exact, self.bounds().table)
+            if self.setup.learn:
+                exact = scratch_expected(mirror, self.oracle.written, self.table_scale)
+                assert_table(expected_table(mirror), exact, self.bounds().expected)

@@ -100,8 +100,9 @@ def look(
         banks: as in `contaccum_loss`; what the loss leaves out has no mass and no masked pairs.
     """
     n, m, d = passages.shape
-    banked = bank.passages() + bank.passage_offsets().to(bank.dtype)  # (F, bank's m, d)
-    others = bank.passage_ids()
+    newest = slice(len(bank) - min(len(bank), bank.window), None)
+    banked = (bank.passages() + bank.passage_offsets().to(bank.dtype))[newest]  # (used, its m, d)
+    others, ages = bank.passage_ids()[newest], ages[newest]
     if banks == "queries":
         banked, ages = banked[:0], ages[:0]
     columns = torch.cat([passages.reshape(n * m, d), banked.reshape(-1, d).to(passages)])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from contaccum_ext.bank import DualMemoryBank
 from contaccum_ext.functional import contaccum_loss
+from contaccum_ext.ops import ROW_LSE
 
 
 def positive_bank_loss(
@@ -29,7 +30,7 @@ def positive_bank_loss(
     Args:
         queries: (n, d).
         passages: (n, m, d), positive first.
-        bank: of one passage per query, its table for this temperature.
+        bank: of one passage per query.
         temperature: scores are inner products divided by it.
         passage_ids: (n, m) int64, or None.
         row_weighting, banks: as in `contaccum_loss`.
@@ -47,15 +48,21 @@ def positive_bank_loss(
     own = torch.zeros_like(local, dtype=torch.bool).scatter_(1, targets[:, None], True)
     target_scores = local.gather(1, targets[:, None])[:, 0]
     scores = [local.masked_fill(_same(row_ids, column_ids, local) & ~own, -math.inf)]
-    filled = len(bank)
-    if filled and banks != "queries":
-        banked = bank.passages()[:, 0] + bank.passage_offsets()[:, 0].to(bank.dtype)
-        against_bank = scale * queries @ banked.T  # (n, F)
-        bank_ids = None if passage_ids is None else bank.passage_ids()[:, 0]
+    used = min(len(bank), bank.window)
+    newest = slice(len(bank) - used, None)
+    if used and banks != "queries":
+        banked = (bank.passages()[:, 0] + bank.passage_offsets()[:, 0].to(bank.dtype))[newest]
+        against_bank = scale * queries @ banked.T  # (n, used)
+        bank_ids = None if passage_ids is None else bank.passage_ids()[newest, 0]
         scores.append(against_bank.masked_fill(_same(row_ids, bank_ids, against_bank), -math.inf))
     per_row = torch.cat(scores, 1).logsumexp(1) - target_scores
-    if filled and banks != "passages":
-        per_row = torch.cat([per_row, _banked_rows(columns, column_ids, bank, scale, banks)])
+    if used and banks != "passages":
+        if bank.pending_rebuild(scale, bank.window_blocks()):  # transport or a window has changed
+            with torch.no_grad():
+                ids = None if passage_ids is None else passage_ids[:, :1]
+                contaccum_loss(queries, passages[:, :1], bank, temperature, ids, enqueue=False)
+        rows = _banked_rows(columns, column_ids, bank, scale, banks)
+        per_row = torch.cat([per_row, rows[newest]])
     loss = per_row.sum() / (n if row_weighting == "local" else len(per_row))
     with torch.no_grad():
         # Zero, or NaN where anything is not finite: the op then refuses the batch as it refuses one
@@ -70,10 +77,12 @@ def positive_bank_loss(
 def _banked_rows(
     columns: Tensor, column_ids: Tensor | None, bank: DualMemoryBank, scale: float, banks: str
 ) -> Tensor:
-    """(F,) losses of the banked rows over banked and local columns."""
+    """(F,) losses of the banked rows over banked and local columns; of use for those in use."""
     banked = bank.queries()
     target_scores = scale * (banked * bank.passages()[:, 0]).sum(1)
-    among_banked = bank.table().logsumexp(1) if banks == "both" else target_scores
+    among_banked = target_scores
+    if banks == "both":
+        among_banked = bank.row_state[ROW_LSE][bank.slots()]  # over the window
     scores = scale * (banked + bank.query_offsets().to(bank.dtype)) @ columns.T  # (F, nm)
     row_ids = None if column_ids is None else bank.passage_ids()[:, 0]
     scores = scores.masked_fill(_same(row_ids, column_ids, scores), -math.inf)

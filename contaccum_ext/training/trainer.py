@@ -152,7 +152,7 @@ class Trainer:
         may_skip = self.config.on_nonfinite == "skip"
         before = copy.deepcopy(scoring.state_dict()) if may_skip else None
         scoring.begin_update(self.done)
-        if self.done == 0:
+        if scoring.transport is not None and not scoring.transport.started:
             self._follow()
         found = self.method.accumulate(self._encode, batches, self.scaler.scale)
         norms = None if found.non_finite else self._step()

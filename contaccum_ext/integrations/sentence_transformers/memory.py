@@ -215,8 +215,13 @@ class BankMemory(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, extra, errors):
         """Refuse the banks of another setting, then make those that are to be filled."""
         here, stored = self._identity(), state_dict.get(f"{prefix}_extra_state")
+        hints = {
+            name: "; 'auto' is settled when ContAccumCallback begins a run"
+            for name in ("bank_size", "drift")
+            if getattr(self.settings, name) == "auto"
+        }
         differences = [
-            f"{prefix}{name}: expected {value!r}, got {stored.get(name)!r}"
+            f"{prefix}{name}: expected {value!r}, got {stored.get(name)!r}{hints.get(name, '')}"
             for name, value in here.items()
             if stored is not None and stored.get(name) != value
         ]
