@@ -234,6 +234,21 @@ def test_probes_come_from_training():
     assert set(correction.passage_probes) <= set(range(7))
 
 
+def test_a_window_may_grow_with_the_training():
+    """A bank of two updates, whole from the fourth of five on: half an update more in each."""
+
+    def still(vectors, _):
+        return vectors
+
+    options = {"limit": 1e9, "probes": 12, "ridge": 0.1, "floor": 0, "ramp": 0.8}
+    for update, oldest in ((1, 0), (2, 1), (3, 1), (4, 2)):
+        world = World(still)
+        view = world.run(make("follow-mean", world.context, options), update + 1)
+        slots = world.history.view(update)
+        ages = update - torch.arange(slots.start, slots.stop) // SIZE
+        assert ages[~view.absent].max() == oldest, update
+
+
 def test_refuses_what_it_does_not_know():
     world = World(rotation)
     with pytest.raises(ValueError, match=rf"expected one of .*{next(iter(CORRECTIONS))}.*'pray'"):

@@ -139,6 +139,28 @@ def means() -> list[Setting]:
     return found
 
 
+def grown() -> list[Setting]:
+    """Windows that grow with the training, where large banks lose, and where they gain."""
+    changes: tuple[dict[str, Any], ...] = (
+        {"epochs": 10},
+        {"learning_rate": 2e-5},
+        {"epochs": 1},
+        {},
+    )
+    found = []
+    for seed in (1, 2, 3):
+        for data in DATA:
+            here = [Setting(data, seed, "inbatch"), *banks(seed, data, "none", (128,))]
+            here += [
+                Setting(data, seed, bank=4096, correction="follow-mean", options=LIBRARY | ramp)
+                for ramp in ({}, {"ramp": 0.5}, {"ramp": 1.0})
+            ]
+            oracle = Setting(data, seed, bank=4096, correction="oracle", options=DROPOUT)
+            found += [replace(x, **change) for change in changes for x in here]
+            found += [replace(oracle, **change) for change in changes[1:]]
+    return found
+
+
 def few() -> list[Setting]:
     """Updates of few micro-batches."""
     return [x for seed in (1, 2) for data in DATA for x in _few_batches(seed, data)]

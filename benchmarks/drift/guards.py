@@ -156,12 +156,15 @@ class Trust:
         context: of the run.
         limit: of the sum, in spreads of the probes.
         floor: 1 keeps the last update and this one, as a bank of one update does in part.
+        ramp: share of the training during which the window grows evenly from `floor` updates to the
+            whole bank, whatever its errors; 0: it is whole from the beginning.
     """
 
-    def __init__(self, context: Context, limit: float, floor: int) -> None:
+    def __init__(self, context: Context, limit: float, floor: int, ramp: float = 0.0) -> None:
         self.history, self.limit, self.floor = context.history, limit, floor
         updates = len(self.history.queries) // self.history.update_size + 1
         self.stale = torch.zeros(updates, device=context.device)  # by update of enqueueing
+        self.grown = ramp * (updates - 1)  # the update at which the window is whole
 
     def add(self, update: int, errors: list[Tensor]) -> None:
         """Those of both sides' maps after an update's step."""
@@ -173,7 +176,11 @@ class Trust:
         position = torch.arange(slots.start, slots.stop, device=self.stale.device)
         written = position // self.history.update_size
         # Not >: where an error is not a number the model is lost, and the smallest window right.
-        return ~(self.stale[written] <= self.limit) & (written < update - self.floor)
+        beyond = ~(self.stale[written] <= self.limit)
+        if update < self.grown:
+            whole = self.history.capacity / self.history.update_size
+            beyond |= written < update - whole * update / self.grown
+        return beyond & (written < update - self.floor)
 
 
 class Follow(Transport):
@@ -215,12 +222,20 @@ class FollowMean(TransportMean):
         context: of the run.
         limit: see `Trust`.
         floor: see `Trust`.
+        ramp: see `Trust`.
         options: of `TransportMean`.
     """
 
-    def __init__(self, context: Context, limit: float, floor: int = 1, **options: Any) -> None:
+    def __init__(
+        self,
+        context: Context,
+        limit: float,
+        floor: int = 1,
+        ramp: float = 0.0,
+        **options: Any,
+    ) -> None:
         super().__init__(context, **options)
-        self.trust = Trust(context, limit, floor)
+        self.trust = Trust(context, limit, floor, ramp)
 
     def before_loss(self, update: int) -> BankView:
         return replace(super().before_loss(update), absent=self.trust.absent(update))
