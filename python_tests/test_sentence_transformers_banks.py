@@ -49,7 +49,8 @@ def test_an_empty_bank_changes_nothing_about_the_first_batch(model, kind):
 @pytest.mark.parametrize("kind", PAIRS)
 @pytest.mark.parametrize("drift", ["mean", "none"])
 @pytest.mark.parametrize("row_weighting", ["local", "all"])
-def test_a_history_of_batches_is_the_oracles(model, kind, drift, row_weighting):
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_history_of_batches_is_the_oracles(model, kind, drift, row_weighting, symmetric):
     """Loss and gradients; with m = 2 and a bank that wraps around: 20 slots, 4 batches of 7."""
     _, ours, options = PAIRS[kind]
     loss = ours(
@@ -57,6 +58,7 @@ def test_a_history_of_batches_is_the_oracles(model, kind, drift, row_weighting):
         bank_size=20,
         drift=drift,
         row_weighting=row_weighting,
+        symmetric=symmetric,
         mask_duplicates=False,
         **options,
     )
@@ -64,9 +66,8 @@ def test_a_history_of_batches_is_the_oracles(model, kind, drift, row_weighting):
     for first in (0, 7, 14, 21):
         got = step(loss, batch(model, 7, 1, first))
         queries, *passages = embed(model, batch(model, 7, 1, first))
-        value = reference.contaccum_loss(
-            queries, torch.stack(passages, 1), bank, 1 / 20, row_weighting=row_weighting
-        )
+        kinds = {"row_weighting": row_weighting, "symmetric": symmetric}
+        value = reference.contaccum_loss(queries, torch.stack(passages, 1), bank, 1 / 20, **kinds)
         value.backward()
         assert_same(got, (value.detach(), gradients(model)))
     (ours_bank,) = loss.memory.banks.values()

@@ -55,6 +55,16 @@ def test_without_a_bank_it_is_the_loss_it_replaces(
     assert_same(got, expected)
 
 
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("negatives", [0, 2])
+def test_without_a_bank_both_directions_are_theirs_apart(model, kind, negatives):
+    theirs, ours, options = PAIRS[kind]
+    directions = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+    expected = step(theirs(model, **options, **directions), batch(model, 7, negatives))
+    got = step(ours(model, bank_size=0, symmetric=True, **options), batch(model, 7, negatives))
+    assert_same(got, expected)
+
+
 def test_without_a_bank_single_precision_agrees_to_1e_6(start, device):
     model = load(start, device).train()
     expected = step(MultipleNegativesRankingLoss(model), batch(model, 8, 2))

@@ -41,6 +41,7 @@ LOSSES = {
         m, CachedContAccumLoss(m, bank_size=24, mini_batch_size=3), [16, 8]
     ),
     # Probes are complete after 12 of the 24 rows before the checkpoint.
+    "symmetric": lambda m: ContAccumLoss(m, bank_size=24, symmetric=True),
     "transport": lambda m: ContAccumLoss(m, bank_size=24, drift="transport", drift_probes=12),
     "cached_matryoshka_transport": lambda m: MatryoshkaLoss(
         m,

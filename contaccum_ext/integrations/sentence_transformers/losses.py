@@ -164,6 +164,10 @@ class ContAccumLoss(_Banked, MultipleNegativesRankingLoss):
             ``ContAccumCallback``, which knows how large an update is, it is "mean".
         row_weighting (str): "local" (default) weights every row 1/n, "all" 1/(n + filled slots) as
             in the paper.
+        symmetric (bool): the mean of this loss and of that with positives for rows and anchors for
+            columns, banked ones too (default False). That is MultipleNegativesRankingLoss with
+            ``directions=("query_to_doc", "doc_to_query")`` and ``partition_mode="per_direction"``,
+            against banks, which then hold two vectors more a slot.
         mask_duplicates (bool): leave a passage out of a row's negatives if its tokens are those of
             the row's positive (default). Texts truncated to the same tokens count as the same.
         drift_probes (int): of "transport": anchors, and about as many passages in all, the first
@@ -223,8 +227,8 @@ class CachedContAccumLoss(_Banked, CachedMultipleNegativesRankingLoss):
         scale: similarities are multiplied by it; 1 / temperature.
         similarity_fct: ``cos_sim`` or ``dot_score`` of ``sentence_transformers.util``.
         mini_batch_size: rows encoded at a time.
-        banks: settings of the banks, by name: bank_size, drift, row_weighting, mask_duplicates,
-            drift_probes, drift_ridge and drift_limit, as in ContAccumLoss.
+        banks: settings of the banks, by name: bank_size, drift, row_weighting, symmetric,
+            mask_duplicates, drift_probes, drift_ridge and drift_limit, as in ContAccumLoss.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.

@@ -112,6 +112,7 @@ class BankMemory(nn.Module):
             temperature=1.0 / scale,
             passage_ids=ids,
             row_weighting=self.settings.row_weighting,
+            symmetric=self.settings.symmetric,
         )
         return loss.to(device)
 
@@ -178,6 +179,7 @@ class BankMemory(nn.Module):
             like.device,
             drift="mean" if follows else self.drift,
             drift_decay=PREDICTED_MEAN_DECAY if follows else MEAN_DECAY,
+            symmetric=self.settings.symmetric,
         )
         self.banks[name] = bank
         if self.probes is not None:
@@ -202,6 +204,7 @@ class BankMemory(nn.Module):
             "drift": self.drift,
             "mask_duplicates": settings.mask_duplicates,
             "normalize": settings.normalize,
+            "symmetric": settings.symmetric,
         }
         return identity if self.probes is None else identity | {"drift_probes": self.probes.count}
 
@@ -237,9 +240,9 @@ class BankMemory(nn.Module):
         self.banks.clear()
         self.staleness.clear()
         for key, tensor in state_dict.items():
-            start, _, buffer = key.rpartition(".")
-            if start.startswith(f"{prefix}banks.") and buffer == "bank_passages":
-                self._add_bank(start.removeprefix(f"{prefix}banks."), tensor)
+            name, _, buffer = key.removeprefix(f"{prefix}banks.").partition(".")
+            if key.startswith(f"{prefix}banks.") and buffer == "bank_passages":
+                self._add_bank(name, tensor)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, extra, errors)
 
     def extra_repr(self) -> str:

@@ -14,6 +14,7 @@ class BankOptions(TypedDict, total=False):
     bank_size: int | str
     drift: str
     row_weighting: str
+    symmetric: bool
     mask_duplicates: bool
     drift_probes: int
     drift_ridge: float
@@ -32,6 +33,7 @@ class BankSettings:
     bank_size: int | str = "auto"  # slots; 0 for no bank; "auto"
     drift: str = "auto"  # "mean", "transport", "none", or "auto": by the age of the bank
     row_weighting: str = "local"  # "local" or "all"
+    symmetric: bool = False  # half of the loss has passages for rows and anchors for columns
     mask_duplicates: bool = True
     drift_probes: int = 64  # of transport
     drift_ridge: float = 0.1  # of transport
@@ -44,6 +46,7 @@ class BankSettings:
             raise ValueError(f"bank_size: expected 'auto' or a number of slots >= 0, got {size!r}")
         validation.choice("drift", self.drift, ("auto", "mean", "transport", "none"))
         validation.choice("row_weighting", self.row_weighting, ("local", "all"))
+        validation.instance("symmetric", self.symmetric, bool)
         validation.count("drift_probes", self.drift_probes)
         validation.positive("drift_ridge", self.drift_ridge)
         if self.drift_limit is not None:
