@@ -70,14 +70,16 @@ def test_following_spends_no_random_numbers(two_towers, tmp_path):
     assert torch.equal(*states)
 
 
-def test_a_resumed_run_ends_with_the_same_bits(two_towers, tmp_path):
-    whole = make_trainer(two_towers, tmp_path / "whole", max_updates=4, **SETTINGS)
+@pytest.mark.parametrize("more", [{}, {"symmetric": True, "learn_temperature": True}])
+def test_a_resumed_run_ends_with_the_same_bits(two_towers, tmp_path, more):
+    settings = SETTINGS | {"max_updates": 4, "drift_limit": 0.05, "bank_size": 40} | more
+    whole = make_trainer(two_towers, tmp_path / "whole", **settings)
     whole.train(progress=False)
-    first = make_trainer(two_towers, tmp_path / "part", max_updates=4, **SETTINGS)
+    first = make_trainer(two_towers, tmp_path / "part", **settings)
     for _ in range(2):
         first.update()
     state = copy.deepcopy(first.state_dict())  # before another trainer seeds
-    second = make_trainer(two_towers, tmp_path / "part", max_updates=4, **SETTINGS)
+    second = make_trainer(two_towers, tmp_path / "part", **settings)
     second.model.load_state_dict(first.model.state_dict())
     second.load_state_dict(state)
     for _ in range(2):
