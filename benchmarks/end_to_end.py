@@ -54,6 +54,7 @@ METHODS = {
     method.name: method
     for method in (
         Method("gradaccum", THIN, {"method": "gradaccum"}),
+        Method("contaccum-128", THIN, {"method": "contaccum", "bank_size": 128}),
         Method("contaccum-mean", THIN, {"method": "contaccum"}),
         Method("contaccum-transport", THIN, {"method": "contaccum", **_WIDE}),
         Method("gradcache-contaccum", THIN, {"method": "gradcache_contaccum"}),
