@@ -201,6 +201,11 @@ class DualMemoryBank(BankState):
         """The same as ``window`` (reads the device)."""
         return self.layout.effective_window(self.capacity, int(self.cursor[0]), self._window)
 
+    @property
+    def used(self) -> int:
+        """Filled slots within the window, the newest (reads the device)."""
+        return min(len(self), self.window)
+
     def window_blocks(self) -> int:
         """Whole blocks in use besides the one being filled; -1 for every slot."""
         return self.layout.window_blocks(self.capacity, self._window)

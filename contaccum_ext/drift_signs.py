@@ -55,7 +55,7 @@ def score_shift(bank: DualMemoryBank, update_size: int) -> ScoreShift | None:
         None where the bank is too small to have two ends, or one end's scores are all the same.
     """
     count = min(SAMPLE, update_size)
-    in_use = bank.slots()[-min(len(bank), bank.window) :] if len(bank) else bank.slots()
+    in_use = bank.slots()[len(bank) - bank.used :]
     if count < 2 or len(in_use) < 2 * count:
         return None
     new, old = in_use[-count:], in_use[:count]
@@ -113,7 +113,7 @@ class DriftWatch:
             within_limit: newest slots that are not too stale; None where nothing has been left out.
             update_size: slots that an update fills.
         """
-        filled, used = len(bank), min(len(bank), bank.window)
+        filled, used = len(bank), bank.used
         narrow = within_limit is not None and within_limit <= _NARROW_UPDATES * update_size
         if not narrow or used == filled:
             return []

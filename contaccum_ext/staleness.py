@@ -78,7 +78,7 @@ class SlotStaleness:
     def staleness(self) -> float:
         """Of the oldest slot in use, in spreads of fresh vectors; 0 before the first move."""
         # The window is made of whole blocks, and what has been written since is in it too.
-        left = min(len(self.bank), self.bank.window) - self._new_slots()
+        left = self.bank.used - self._new_slots()
         oldest = 0.0
         for written, stale in zip(self._written, self._stale, strict=True):
             if left <= 0:

@@ -20,6 +20,8 @@ from contaccum_ext import validation
 from contaccum_ext.bank import DualMemoryBank
 from contaccum_ext.staleness import SlotStaleness
 
+Vectors = tuple[Tensor, Tensor]  # of queries and of passages
+
 _CHUNK = 1 << 16  # slots moved at once: bounds the memory beside the bank
 
 
@@ -134,30 +136,43 @@ def transport(
     return torch.stack([field.error for field in fields]).max()
 
 
+def transport_slots(slots: SlotStaleness, old: Vectors, new: Vectors, **options: Any) -> None:
+    """`transport` the bank whose slots these are, and note how stale that makes them.
+
+    Args:
+        slots: of the bank; they set its window.
+        old: queries (R, d) and passages (R', d) or (R', m, d) of the probes before the step.
+        new: the same after it.
+        options: ridge and normalize of `transport`.
+    """
+    slots.note_written()
+    error = transport(slots.bank, old[0], new[0], old[1], new[1], **options)
+    slots.age(float(error))
+
+
 def _chunks(bank: DualMemoryBank) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the ring, and (slots,) which of their slots are filled."""
+    """Slices of the ring, and (slots,) their positions."""
     for begin in range(0, bank.capacity, _CHUNK):
         part = slice(begin, min(begin + _CHUNK, bank.capacity))
-        slots = torch.arange(part.start, part.stop, device=bank.cursor.device)
-        yield part, slots < bank.cursor[1]
+        yield part, torch.arange(part.start, part.stop, device=bank.cursor.device)
 
 
 def _move(bank: DualMemoryBank, fields: list[Displacement], normalize: bool) -> None:
     """Replace every vector by its image."""
-    for part, filled in _chunks(bank):
+    for part, slots in _chunks(bank):
         for field, vectors in zip(fields, (bank.bank_queries, bank.bank_passages), strict=True):
             moved = field(vectors[part])
             if normalize:
                 moved = nn.functional.normalize(moved, dim=-1)
-            _store(vectors[part], moved, filled)
+            _store(vectors[part], moved, slots < bank.cursor[1])
 
 
 def _turn(bank: DualMemoryBank, fields: list[Displacement], to_now: bool) -> None:
     """Turn vectors about their stored means; bring them to where the mean is now, or not."""
     of_queries, of_passages = fields
     now = torch.cat([of_queries(bank.means[0, :1]), of_passages(bank.means[0, 1:])])
-    for part, filled in _chunks(bank):
-        slots = torch.arange(part.start, part.stop, device=bank.cursor.device)
+    for part, slots in _chunks(bank):
+        filled = slots < bank.cursor[1]
         then = bank.means[bank.layout.mean_rows(bank.capacity, slots, bank.cursor[0])]
         about = now.expand_as(then) if to_now else then
         queries, passages = bank.bank_queries[part], bank.bank_passages[part]
@@ -229,24 +244,16 @@ class BankTransport:
     ) -> None:
         self.bank, self.ridge, self.normalize = bank, ridge, normalize
         self._slots = SlotStaleness(bank, limit)
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: Vectors | None = None
 
     def __call__(self, queries: Tensor, passages: Tensor) -> None:
         """Take the probes as they are now: queries (R, d), passages (R', d) or (R', m, d)."""
         now = (queries.detach().clone(), passages.detach().clone())
-        self._slots.note_written()
-        if self._last is not None:
-            (old_queries, old_passages), (new_queries, new_passages) = self._last, now
-            error = transport(
-                self.bank,
-                old_queries,
-                new_queries,
-                old_passages,
-                new_passages,
-                ridge=self.ridge,
-                normalize=self.normalize,
-            )
-            self._slots.age(float(error))
+        if self._last is None:
+            self._slots.note_written()
+        else:
+            options = {"ridge": self.ridge, "normalize": self.normalize}
+            transport_slots(self._slots, self._last, now, **options)
         self._last = now
 
     @property

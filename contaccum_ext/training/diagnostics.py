@@ -100,7 +100,7 @@ def look(
         banks: as in `contaccum_loss`; what the loss leaves out has no mass and no masked pairs.
     """
     n, m, d = passages.shape
-    newest = slice(len(bank) - min(len(bank), bank.window), None)
+    newest = slice(len(bank) - bank.used, None)
     banked = (bank.passages() + bank.passage_offsets().to(bank.dtype))[newest]  # (used, its m, d)
     others, ages = bank.passage_ids()[newest], ages[newest]
     if banks == "queries":

@@ -48,7 +48,7 @@ def positive_bank_loss(
     own = torch.zeros_like(local, dtype=torch.bool).scatter_(1, targets[:, None], True)
     target_scores = local.gather(1, targets[:, None])[:, 0]
     scores = [local.masked_fill(_same(row_ids, column_ids, local) & ~own, -math.inf)]
-    used = min(len(bank), bank.window)
+    used = bank.used
     newest = slice(len(bank) - used, None)
     if used and banks != "queries":
         banked = (bank.passages()[:, 0] + bank.passage_offsets()[:, 0].to(bank.dtype))[newest]

@@ -142,7 +142,7 @@ class Scoring:
 
     def window(self) -> int | None:
         """Filled slots in use; None without a bank."""
-        return None if self.bank is None else min(len(self.bank), self.bank.window)
+        return None if self.bank is None else self.bank.used
 
     def oldest(self) -> int | None:
         """Age of the oldest slot in updates; None without a bank or with an empty one."""

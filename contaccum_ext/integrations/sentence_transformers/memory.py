@@ -16,7 +16,7 @@ from contaccum_ext.integrations.sentence_transformers.probes import Move, Probes
 from contaccum_ext.integrations.sentence_transformers.settings import BankSettings
 from contaccum_ext.ops import op_runs_on
 from contaccum_ext.staleness import SlotStaleness
-from contaccum_ext.transport import transport
+from contaccum_ext.transport import transport_slots
 
 logger = logging.getLogger(__name__)
 
@@ -132,17 +132,13 @@ class BankMemory(nn.Module):
                     for columns in moves[bank.passages_per_query]
                 )
                 _move_to(bank, new_queries.device)
-                self.staleness[name].note_written()
-                error = transport(
-                    bank,
-                    old_queries,
-                    new_queries,
-                    torch.cat(old),
-                    torch.cat(new),
+                transport_slots(
+                    self.staleness[name],
+                    (old_queries, torch.cat(old)),
+                    (new_queries, torch.cat(new)),
                     ridge=self.settings.drift_ridge,
                     normalize=unit,
                 )
-                self.staleness[name].age(float(error))
 
     def _shorten(self, column: Tensor, dim: int, unit: bool) -> Tensor:
         """Probes (R, D) as a bank of size d would hold them: (R, d)."""

@@ -36,7 +36,7 @@ class Readings:
                 found: dict[str, float] = {"bank_filled": len(bank)}
                 slots = memory.staleness.get(shape)
                 if slots is not None:
-                    found["bank_window"] = min(len(bank), bank.window)
+                    found["bank_window"] = bank.used
                     found["bank_staleness"] = slots.staleness
                     said += self._watch.window(bank, slots.within_limit(), self._update_size)
                 shift = score_shift(bank, self._update_size)
