@@ -5,132 +5,40 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import multiprocessing
+import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from multiprocessing.context import SpawnContext
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.device import Device, told
+from benchmarks.device import Device, open_device, told
+from benchmarks.end_to_end_methods import (
+    METHODS,
+    METRIC,
+    THIN,
+    UNTRAINED,
+    EndToEndOptions,
+    Method,
+    Outcome,
+    Setup,
+    Trained,
+)
 from benchmarks.op import say
-from contaccum_ext.datasets import RetrievalDataset, load_dataset
+from contaccum_ext.datasets import load_dataset
 from contaccum_ext.drift_signs import ScoreShift
 from contaccum_ext.retrieval import evaluate_dense
 from contaccum_ext.retrieval.evaluate import EvalOptions
 from contaccum_ext.training import DualEncoder, Encoder, TrainConfig, Trainer
 from contaccum_ext.training.encoder import load_tokenizer
 
-THIN, SENTENCE_TRANSFORMERS = "contaccum train", "sentence-transformers"
-UNTRAINED = "untrained"
-METRIC = "NDCG@10"
 _EVAL_BATCH = 256  # texts encoded at once
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to train: settings of `TrainConfig`, or a loss of sentence-transformers with its own.
-
-    Args:
-        name: of the row.
-        integration: which trainer.
-        settings: beyond those that all share.
-        loss: name of the class, in sentence-transformers or in the integration.
-        cached: an update is one batch, encoded n rows at a time.
-    """
-
-    name: str
-    integration: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    loss: str = ""
-    cached: bool = False
-
-
-_WIDE = {"drift": "transport", "bank_size": 2048}
-
-METHODS = {
-    method.name: method
-    for method in (
-        Method("gradaccum", THIN, {"method": "gradaccum"}),
-        Method("contaccum-128", THIN, {"method": "contaccum", "bank_size": 128}),
-        Method("contaccum-mean", THIN, {"method": "contaccum"}),
-        Method("contaccum-transport", THIN, {"method": "contaccum", **_WIDE}),
-        Method("gradcache-contaccum", THIN, {"method": "gradcache_contaccum"}),
-        Method("st-mnrl", SENTENCE_TRANSFORMERS, {}, "MultipleNegativesRankingLoss"),
-        Method("st-contaccum-mean", SENTENCE_TRANSFORMERS, {}, "ContAccumLoss"),
-        Method("st-contaccum-transport", SENTENCE_TRANSFORMERS, _WIDE, "ContAccumLoss"),
-        Method(
-            "st-cached-mnrl", SENTENCE_TRANSFORMERS, {}, "CachedMultipleNegativesRankingLoss", True
-        ),
-        Method("st-cached-contaccum", SENTENCE_TRANSFORMERS, {}, "CachedContAccumLoss", True),
-    )
-}
-
-
-@dataclass(frozen=True)
-class EndToEndOptions:
-    """What all methods share.
-
-    Args:
-        data: directory of a data set with train and test parts.
-        model: Hugging Face directory that every method starts from.
-        layers: of it that are kept, the first ones; None for all.
-        methods: names from `METHODS`.
-        updates: of the optimizer; None for one pass over the training set's whole updates.
-        n: queries per micro-batch.
-        accumulation: micro-batches per update.
-        learning_rate: peak.
-        seed: of order, negatives and dropout.
-    """
-
-    data: Path
-    model: Path
-    layers: int | None = None
-    methods: tuple[str, ...] = tuple(METHODS)
-    updates: int | None = None
-    n: int = 8
-    accumulation: int = 16
-    learning_rate: float = 2e-4
-    seed: int = 1
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a method is given."""
-
-    dataset: RetrievalDataset
-    start: Path  # model and tokenizer
-    config: TrainConfig  # of all methods; its max_updates is the budget
-
-    @property
-    def updates(self) -> int:
-        assert self.config.max_updates is not None
-        return self.config.max_updates
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What came of a method's training."""
-
-    seconds: float
-    bank_filled: int = 0
-    bank_window: int | None = None  # slots in use at the end
-    shift: ScoreShift | None = None  # at the last look
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A row: empty where it was not measured, and `note` says why."""
-
-    method: str
-    integration: str
-    queries: int = 0  # trained on
-    trained: Trained | None = None
-    peak_bytes: int | None = None  # of the device, in training
-    score: float | None = None  # METRIC
-    note: str = ""
 
 
 def prepare(options: EndToEndOptions, device: Device, directory: Path) -> Setup:
@@ -170,15 +78,65 @@ def run(
     with tempfile.TemporaryDirectory(prefix="end_to_end_") as name:
         setup = prepare(options, device, Path(name))
         outcomes = [_untrained(setup, device)]
-        if device.name == "cuda":
-            _rehearse(options, setup, Path(name))
-        for method in (METHODS[name] for name in options.methods):
-            say(f"{method.name}: {setup.updates} updates")
-            outcomes.append(_measure(method, setup, device, Path(name) / method.name))
-            each(outcomes)
-            gc.collect()
-            device.release()
-    return outcomes
+        if options.processes > 1:
+            measured = _side_by_side(options, setup, device, Path(name))
+        else:
+            measured = _in_turn(options, setup, device, Path(name))
+        for outcome in measured:
+            outcomes.append(outcome)
+            each(sorted(outcomes, key=lambda o: (UNTRAINED, *options.methods).index(o.method)))
+    return sorted(outcomes, key=lambda o: (UNTRAINED, *options.methods).index(o.method))
+
+
+def _in_turn(
+    options: EndToEndOptions, setup: Setup, device: Device, directory: Path
+) -> Iterator[Outcome]:
+    if device.name == "cuda":
+        _rehearse(options.methods, setup, directory)
+    for method in (METHODS[name] for name in options.methods):
+        say(f"{method.name}: {setup.updates} updates")
+        yield _measure(method, setup, device, directory / method.name)
+        gc.collect()
+        device.release()
+
+
+def _side_by_side(
+    options: EndToEndOptions, setup: Setup, device: Device, directory: Path
+) -> Iterator[Outcome]:
+    """As each is done. A process has one method and, of several GPUs, one."""
+    context = multiprocessing.get_context("spawn")
+    gpus = torch.cuda.device_count() if device.name == "cuda" else 0
+    with futures.ThreadPoolExecutor(options.processes) as threads:
+        running = [
+            threads.submit(_in_process, context, name, (setup, device.name, directory), (at, gpus))
+            for at, name in enumerate(options.methods)
+        ]
+        for done in futures.as_completed(running):
+            outcome = done.result()
+            say(f"{outcome.method}: done")
+            yield outcome
+
+
+def _in_process(
+    context: SpawnContext, name: str, given: tuple[Setup, str, Path], place: tuple[int, int]
+) -> Outcome:
+    # A pool of one: it tells of a process that died, where a plain process leaves its pipe silent.
+    with futures.ProcessPoolExecutor(1, context, _choose_gpu, place) as process:
+        try:
+            return process.submit(_measure_alone, name, *given).result()
+        except BrokenProcessPool as error:
+            return Outcome(name, METHODS[name].integration, note=told(error))
+
+
+def _choose_gpu(number: int, gpus: int) -> None:
+    if gpus:  # the trainer of transformers would take all it sees
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
+
+
+def _measure_alone(name: str, setup: Setup, device_name: str, directory: Path) -> Outcome:
+    if device_name == "cuda":
+        _rehearse((name,), setup, directory / f"{name}_rehearsal")
+    return _measure(METHODS[name], setup, open_device(device_name), directory / name)
 
 
 def trainer_of(method: Method) -> Callable[[Method, Setup, Path], tuple[DualEncoder, Trained]]:
@@ -190,10 +148,10 @@ def trainer_of(method: Method) -> Callable[[Method, Setup, Path], tuple[DualEnco
     return train_sentence_transformers
 
 
-def _rehearse(options: EndToEndOptions, setup: Setup, directory: Path) -> None:
+def _rehearse(methods: Sequence[str], setup: Setup, directory: Path) -> None:
     """Two updates with each trainer, so that the first row does not pay for what is loaded once."""
     short = replace(setup, config=replace(setup.config, max_updates=2))
-    first = {METHODS[name].integration: METHODS[name] for name in reversed(options.methods)}
+    first = {METHODS[name].integration: METHODS[name] for name in reversed(methods)}
     for number, method in enumerate(first.values()):
         try:
             trainer_of(method)(method, short, directory / f"rehearsal_{number}")

@@ -30,22 +30,28 @@ def add(commands) -> None:
     for name, default, what in (("n", 8, "queries"), ("accumulation", 16, "micro-batches")):
         says = f"{what} per {'update' if name != 'n' else 'micro-batch'}; default {default}"
         parser.add_argument(f"--{name}", type=positive, default=default, help=says)
+    parser.add_argument(
+        "--processes", type=positive, default=1, help="methods trained side by side; default 1"
+    )
     parser.add_argument("--seed", type=int, default=1, help="default 1")
     add_out(parser)
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace, command: list[str]) -> int:
-    from benchmarks import end_to_end, end_to_end_page  # they need transformers
+    # They need transformers.
+    from benchmarks import end_to_end, end_to_end_methods, end_to_end_page
 
-    known = end_to_end.METHODS
+    known = end_to_end_methods.METHODS
     methods = args.methods or tuple(known)
     unknown = [name for name in methods if name not in known]
     if unknown:
         raise SystemExit(f"--methods: expected some of {', '.join(known)}, got {unknown[0]}")
-    shared = {name: getattr(args, name) for name in ("data", "model", "layers", "updates")}
+    shared = {
+        name: getattr(args, name) for name in ("data", "model", "layers", "updates", "processes")
+    }
     counts = {"n": args.n, "accumulation": args.accumulation, "seed": args.seed}
-    options = end_to_end.EndToEndOptions(methods=methods, **shared, **counts)
+    options = end_to_end_methods.EndToEndOptions(methods=methods, **shared, **counts)
     device = open_device(args.device)
     # Only the directories' names: where they lie on this machine is of no use to others.
     told = [
@@ -55,7 +61,7 @@ def _run(args: argparse.Namespace, command: list[str]) -> int:
     header |= report.installed("transformers", "sentence-transformers")
     path = report.result_path(args.out, device.label(), f"end-to-end-{args.data.name}")
 
-    def write(outcomes: list[end_to_end.Outcome]) -> None:
+    def write(outcomes: list[end_to_end_methods.Outcome]) -> None:
         rows = [end_to_end_page.make_row(outcome) for outcome in outcomes]
         report.write_csv(path.with_suffix(".csv"), header, rows, end_to_end_page.EndToEndRow)
         updates = max(outcome.queries for outcome in outcomes) // (args.n * args.accumulation)

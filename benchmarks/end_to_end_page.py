@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.cases import MIB
-from benchmarks.end_to_end import METHODS, METRIC, UNTRAINED, EndToEndOptions, Outcome
+from benchmarks.end_to_end_methods import METHODS, METRIC, UNTRAINED, EndToEndOptions, Outcome
 from benchmarks.report import number, table
 
 
@@ -94,6 +94,11 @@ def _setup(options: EndToEndOptions, updates: int) -> str:
         for method in (METHODS[name] for name in options.methods)
     )
     kept = f", its first {options.layers} layers" if options.layers else ""
+    shared = (
+        f"{options.processes} methods at a time share the machine, and times tell that. "
+        if options.processes > 1
+        else ""
+    )
     return (
         f"Data `{options.data.name}`. Every method starts from the same encoder (`--model`{kept}), "
         f"one for queries and passages, mean pooling, cosine at scale 20, and sees the same "
@@ -104,8 +109,9 @@ def _setup(options: EndToEndOptions, updates: int) -> str:
         f"Banks are of the default size, eight updates, unless a line says more.\n\n{named}\n\n"
         f"`{METRIC}` is of the test queries over the whole corpus, by this package's evaluation "
         f"for all. `seconds` is training alone, tokenization among it: the updates of `contaccum "
-        f"train`, the call of `train` in sentence-transformers. `peak MiB` is the device's, with "
-        f"weights and optimizer; on a CPU it is not told by method. `in use` and `gap, spread` are "
-        f"of the last look at the bank (docs/sentence-transformers.md, What the log shows). One "
-        f"seed: differences below 0.01 mean little. `{UNTRAINED}` is the start."
+        f"train`, the call of `train` in sentence-transformers. {shared}"
+        f"`peak MiB` is the device's, with weights and optimizer; on a CPU it is not told by "
+        f"method. `in use` and `gap, spread` are of the last look at the bank "
+        f"(docs/sentence-transformers.md, What the log shows). One seed: "
+        f"differences below 0.01 mean little. `{UNTRAINED}` is the start."
     )

@@ -19,7 +19,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback
 
 import contaccum_ext.integrations.sentence_transformers as ours
-from benchmarks.end_to_end import Method, Setup, Trained
+from benchmarks.end_to_end_methods import Method, Setup, Trained
 from contaccum_ext.drift_signs import ScoreShift
 from contaccum_ext.training import DualEncoder, Encoder
 from contaccum_ext.training.data import Sampler

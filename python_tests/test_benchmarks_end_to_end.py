@@ -93,6 +93,20 @@ def test_examples_are_the_same_in_the_same_order(start, data, tmp_path):
     assert columns["negative_1"] == texts
 
 
+def test_side_by_side_is_the_same(result, start, data, tmp_path):
+    _, alone, _ = result
+    names = ("st-contaccum-mean", "contaccum-mean")
+    command = ["end-to-end", "--data", str(data), "--model", str(start), *SMALL]
+    command += ["--methods", ",".join(names), "--processes", "2", "--out", str(tmp_path)]
+    assert cli.main(command) == 0
+    (table,) = tmp_path.glob("*.csv")
+    rows = {row["method"]: row for row in report.read_csv(table)[1]}
+    assert list(rows) == [end_to_end.UNTRAINED, *names]  # in the order asked for
+    for name in names:
+        assert rows[name]["ndcg_at_10"] == alone[name]["ndcg_at_10"], name
+    assert "2 methods at a time share the machine" in table.with_suffix(".md").read_text()
+
+
 def test_some_methods_and_updates_and_failures_that_leave_the_others(
     start, data, tmp_path, monkeypatch, capsys
 ):

@@ -161,6 +161,37 @@ def grown() -> list[Setting]:
     return found
 
 
+def amounts() -> list[Setting]:
+    """How many negatives are worth having, fresh or not, in short, slow and long training."""
+    found = []
+    for seed in (1, 2, 3):
+        for data in DATA:
+            none, mean, fresh = (
+                [
+                    Setting(data, seed, bank=bank, correction=name, options=options)
+                    for bank in (128, 256, 512, 1024, 4096)
+                ]
+                for name, options in (("none", {}), ("mean", {}), ("oracle", DROPOUT))
+            )
+            moved = [
+                Setting(data, seed, bank=bank, correction="follow-mean", options=LIBRARY | change)
+                for bank, change in (
+                    (4096, {"discount": 1.0}),
+                    (4096, {"discount": 0.5}),
+                    (4096, {}),
+                    (512, {}),
+                    (128, {}),
+                )
+            ]
+            found += [replace(x, epochs=10) for x in (fresh[2], *mean[:3], *moved[:2], moved[3])]
+            found += [replace(x, learning_rate=2e-5) for x in (*fresh[:4], *mean[:3], *moved)]
+            found += [replace(x, epochs=1) for x in (*fresh[:4], *mean[:3], *moved)]
+            short = [*baselines(seed, data), none[0], *fresh[:4], *mean[:4], *moved]
+            found += [replace(x, updates=40, epochs=1) for x in short]
+            found += moved[:2]
+    return found
+
+
 def few() -> list[Setting]:
     """Updates of few micro-batches."""
     return [x for seed in (1, 2) for data in DATA for x in _few_batches(seed, data)]

@@ -223,6 +223,8 @@ class FollowMean(TransportMean):
         limit: see `Trust`.
         floor: see `Trust`.
         ramp: see `Trust`.
+        discount: 1 lets all banked negatives together count as much as one update's, 0 each as one:
+            their logits are lowered by `discount` times the log of their number of updates.
         options: of `TransportMean`.
     """
 
@@ -232,13 +234,20 @@ class FollowMean(TransportMean):
         limit: float,
         floor: int = 1,
         ramp: float = 0.0,
+        discount: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__(context, **options)
-        self.trust = Trust(context, limit, floor, ramp)
+        self.trust, self.discount = Trust(context, limit, floor, ramp), discount
 
     def before_loss(self, update: int) -> BankView:
-        return replace(super().before_loss(update), absent=self.trust.absent(update))
+        absent = self.trust.absent(update)
+        view = replace(super().before_loss(update), absent=absent)
+        if not self.discount:
+            return view
+        updates = (~absent).sum() / self.history.update_size - 1  # beside the update's own
+        bias = -self.discount * updates.clamp(min=1).log()
+        return replace(view, bias=bias.expand(len(absent)))
 
     def turn(self, update: int, fields: list[Displacement]) -> None:
         self.trust.add(update, [field.error for field in fields])

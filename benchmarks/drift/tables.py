@@ -9,7 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.drift.default_tables import default, few, grown, library, means
+from benchmarks.drift.default_tables import (
+    amounts,
+    default,
+    few,
+    grown,
+    library,
+    means,
+)
 from benchmarks.drift.families import DATA, SCORES, TRANSPORT, banks, baselines
 from benchmarks.drift.settings import Setting
 
@@ -140,6 +147,7 @@ TABLES: dict[str, Callable[[], list[Setting]]] = {
     "means": means,
     "few": few,
     "grown": grown,
+    "amounts": amounts,
 }
 
 
