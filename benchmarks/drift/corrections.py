@@ -122,13 +122,14 @@ class Mean(Correction):
     Args:
         context: of the run.
         decay: of the running means, per micro-batch.
+        current: a micro-batch is in the mean that its own loss sees, not only in the next one's.
     """
 
     moved_among_themselves = False
 
-    def __init__(self, context: Context, decay: float = 0.9) -> None:
+    def __init__(self, context: Context, decay: float = 0.9, current: bool = False) -> None:
         super().__init__(context)
-        self.decay = decay
+        self.decay, self.current = decay, current
         self.means: Tensor | None = None  # (K + 1, 1 + m, d): before and after each micro-batch
         self.centred = _stacked(self.history).zero_()  # (examples, 1 + m, d): vector less its mean
 
@@ -150,7 +151,7 @@ class Mean(Correction):
             moved[:, 1:].contiguous(),
             queries if frozen is None else frozen[:, 0],
             passages if frozen is None else frozen[:, 1:],
-            shift=self.means[:-1],
+            shift=self.means[1:] if self.current else self.means[:-1],
         )
 
 

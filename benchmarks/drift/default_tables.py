@@ -192,6 +192,41 @@ def amounts() -> list[Setting]:
     return found
 
 
+def lags() -> list[Setting]:
+    """Means that lag less, or are averaged over more, and updates of one or a few micro-batches."""
+    changes: tuple[dict[str, Any], ...] = (
+        {"learning_rate": 2e-5},
+        {},
+        *DRIFTING,
+        {"epochs": 1},
+        {"epochs": 1, "updates": 40},
+    )
+    now: dict[str, Any] = {"current": True}
+    found = []
+    for seed in (1, 2, 3):
+        for data in DATA:
+            for n, decays in ((128, (0.36, 0.0, 0.9)), (32, (0.7, 0.9))):
+                here = [*baselines(seed, data), *banks(seed, data, "none", (128,))]
+                for decay in decays:
+                    lag: dict[str, Any] = {"decay": decay}
+                    for name, options in (("mean", lag), ("follow-mean", LIBRARY | lag)):
+                        here += [
+                            Setting(data, seed, bank=1024, correction=name, options=options | more)
+                            for more in ({}, now)
+                        ]
+                here += [Setting(data, seed, bank=1024, correction="oracle", options=DROPOUT)]
+                here += [Setting(data, seed, bank=1024, correction="follow", options=SAFE)]
+                found += [replace(x, n=n, accumulation=128 // n, epochs=1) for x in here]
+            here = [
+                Setting(data, seed, bank=bank, correction="follow-mean", options=LIBRARY | more)
+                for more in ({"decay": 0.97}, {"decay": 0.99}, now)
+                for bank in (4096, 512)
+            ]
+            here += [Setting(data, seed, bank=512, correction="mean", options=x) for x in ({}, now)]
+            found += [replace(x, **change) for change in changes for x in here]
+    return found
+
+
 def few() -> list[Setting]:
     """Updates of few micro-batches."""
     return [x for seed in (1, 2) for data in DATA for x in _few_batches(seed, data)]

@@ -14,6 +14,7 @@ from benchmarks.drift.default_tables import (
     default,
     few,
     grown,
+    lags,
     library,
     means,
 )
@@ -148,6 +149,7 @@ TABLES: dict[str, Callable[[], list[Setting]]] = {
     "few": few,
     "grown": grown,
     "amounts": amounts,
+    "lags": lags,
 }
 
 

@@ -222,6 +222,7 @@ class TransportMean(Mean):
         moved: score banked vectors among themselves as they are after all moves, at the update's
             beginning; otherwise as they were enqueued.
         turned: score them turned, about the means at which they were enqueued.
+        current: see `Mean`.
     """
 
     def __init__(
@@ -233,8 +234,9 @@ class TransportMean(Mean):
         predict: bool = False,
         moved: bool = False,
         turned: bool = False,
+        current: bool = False,
     ) -> None:
-        super().__init__(context, decay)
+        super().__init__(context, decay, current)
         self.moved_among_themselves = moved
         self.enqueued = torch.zeros_like(self.centred) if turned else None  # the means
         self.probe, self.predict = Transport(context, probes, ridge), predict
