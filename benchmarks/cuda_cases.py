@@ -13,7 +13,7 @@ import torch
 from benchmarks.cases import Batches, Case, make_vectors
 from benchmarks.ceilings import Ceilings
 from benchmarks.cuda_peers import COMPILED, CUDA_PEERS
-from benchmarks.device import Device
+from benchmarks.device import Device, StepTimes, backward_in_calling_thread, time_steps
 from benchmarks.peers import OURS, Peer
 
 _MODEL = Case(0, n=128, d=768, m=1, dtype="bf16")
@@ -100,6 +100,26 @@ class Rotation:
         stepper = self.steppers[self._next]
         self._next = (self._next + 1) % len(self.steppers)
         return stepper.step(*self._batches.next())[0]
+
+
+@dataclass(frozen=True)
+class HostFloor:
+    """What no eager step of this host is faster than: `(x * 2).sum().backward()`, x one number."""
+
+    times: StepTimes
+    calling: StepTimes  # with the backward in the calling thread
+
+
+def measure_host_floor(device: Device, seconds: float) -> HostFloor:
+    """Both for so many seconds."""
+    x = torch.ones(1, device=device.name, requires_grad=True)
+
+    def step() -> None:
+        (x * 2).sum().backward()
+
+    times = time_steps(device, step, seconds)
+    with backward_in_calling_thread():
+        return HostFloor(times, time_steps(device, step, seconds))
 
 
 def measure_ceilings(device: Device, size: int = 8192, copied: int = 2 << 30) -> Ceilings:

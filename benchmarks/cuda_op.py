@@ -15,13 +15,21 @@ from benchmarks.cases import Case
 from benchmarks.ceilings import Ceilings
 from benchmarks.cuda_cases import (
     CASES,
+    HostFloor,
     NamedCase,
     Rotation,
     banks_in_rotation,
     measure_ceilings,
+    measure_host_floor,
 )
 from benchmarks.cuda_peers import CUDA_PEERS
-from benchmarks.device import Device, StepTimes, time_steps, told
+from benchmarks.device import (
+    Device,
+    StepTimes,
+    backward_in_calling_thread,
+    time_steps,
+    told,
+)
 from benchmarks.op import say
 from benchmarks.peers import OURS, Peer
 
@@ -30,7 +38,7 @@ from benchmarks.peers import OURS, Peer
 class CudaOptions:
     cases: tuple[NamedCase, ...] = CASES
     peers: tuple[Peer, ...] = CUDA_PEERS
-    seconds: float = 0.5  # for each peer and case
+    seconds: float = 0.5  # for each peer and case, and again with the backward in the same thread
     rounds: int = 2  # that time is spent in turns, so that a change of clock meets everyone
     step_limit: float = 1.0  # seconds: a step expected to take longer is not run
     budget: float = math.inf  # seconds: once they are spent, only ours is measured
@@ -49,6 +57,7 @@ class CudaMeasured:
     banks: int  # in rotation
     errors: Errors | None = None
     times: StepTimes | None = None
+    calling: StepTimes | None = None  # the same with the backward in the calling thread
     graph: StepTimes | None = None
     extra_bytes: int | None = None
     table_bytes: int | None = None
@@ -60,6 +69,7 @@ class CudaMeasured:
 class CudaResult:
     options: CudaOptions
     ceilings: Ceilings
+    host_floor: HostFloor
     measured: list[CudaMeasured] = field(default_factory=list)
 
     def find(self, label: str, peer: Peer) -> CudaMeasured | None:
@@ -107,7 +117,9 @@ class _Runner:
         self._options, self._device = options, device
         self._start = time.monotonic()
         self._errors: dict[tuple[str, int, int, str], Errors] = {}
-        self.result = CudaResult(options, self._ceilings())
+        self.result = CudaResult(
+            options, self._ceilings(), measure_host_floor(device, options.seconds)
+        )
 
     def _ceilings(self) -> Ceilings:
         options = self._options
@@ -189,10 +201,12 @@ class _Runner:
         seconds = self._options.seconds / self._options.rounds
         if turn and one.times and one.times.median > seconds / 4:
             return  # three slow steps are enough
-        times = time_steps(
-            self._device, rotations[one.peer.name].step, seconds, warmup=1 if turn else 3
-        )
+        step, warmup = rotations[one.peer.name].step, 1 if turn else 3
+        times = time_steps(self._device, step, seconds, warmup=warmup)
         one.times = times if one.times is None else one.times + times
+        with backward_in_calling_thread():
+            calling = time_steps(self._device, step, seconds, warmup=1)
+        one.calling = calling if one.calling is None else one.calling + calling
 
     def _finish(self, one: CudaMeasured, rotations: dict) -> None:
         """Peak memory, and ours in a graph."""
@@ -225,8 +239,9 @@ def _line(one: CudaMeasured) -> str:
     if one.times is None:
         return one.note
     t = one.times
+    calling = f", in one thread {one.calling.median * 1e3:.4f}" if one.calling else ""
     graph = f", in a graph {one.graph.median * 1e3:.4f}" if one.graph else ""
     return (
         f"{t.median * 1e3:9.4f} ms (p20 {t.p20 * 1e3:.4f}, p80 {t.p80 * 1e3:.4f}, "
-        f"host {t.host * 1e3:.4f}, {t.steps} steps){graph} {one.note}"
+        f"host {t.host * 1e3:.4f}, {t.steps} steps){calling}{graph} {one.note}"
     )

@@ -14,16 +14,21 @@ _METHOD = """\
 `ms` is the median, p20 and p80 of eager steps (loss, both gradients, enqueue, called from Python):
 CUDA events around bursts of up to 64 steps back to back, divided by their number, so whichever of
 host and device is slower decides. `host ms` is the host's clock until the last call of a burst has
-returned, divided likewise; where it equals `ms`, Python and launches are what is waited for.
-`graph` is the same in a replayed CUDA graph of several steps, events around replays. Banks and
-batches are rotated: 16 batches, and as many full banks as together have twice the bytes of the L2
-cache, so no step finds its bank there. Peers take turns.
+returned, divided likewise; where it equals `ms`, Python and launches are what is waited for. `ms,
+backward in the calling thread` is `ms` within `torch.autograd.set_multithreading_enabled(False)`:
+by default autograd runs the backward of CUDA tensors in a thread of its own, and the hand-over to
+it and back is part of `ms`. What it costs on this host is under "The host's own floor".
+
+`graph` is `ms` in a replayed CUDA graph of several steps, events around replays. Banks and batches
+are rotated: 16 batches, and as many full banks as together have twice the bytes of the L2 cache, so
+no step finds its bank there. Peers take turns.
 
 TFLOP/s counts the 8nFmd operations and TB/s the one reading of both banks that the loss needs at
 least, whatever a peer does besides; the floor is the longer of both at the ceilings below. `peak
 MiB` is what the allocator had at the peak of a step beyond banks, table and batches (a library's
 workspace, allocated once, is not in it). The errors are relative ones of loss, dq and dp against
 float64 over three steps on 512 slots, checked before timing."""
+_CALLING = "backward in the calling thread"
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,10 @@ class CudaRow:
     ms_p20: float | None
     ms_p80: float | None
     host_ms: float | None
+    calling_thread_ms: float | None  # eager too, with the backward in the calling thread
+    calling_thread_ms_p20: float | None
+    calling_thread_ms_p80: float | None
+    calling_thread_host_ms: float | None
     graph_ms: float | None
     graph_ms_p20: float | None
     graph_ms_p80: float | None
@@ -64,7 +73,7 @@ class CudaRow:
 
 
 def make_row(one: CudaMeasured, result: CudaResult) -> CudaRow:
-    case, t, g, e = one.named.case, one.times, one.graph, one.errors
+    case, t, c, g, e = one.named.case, one.times, one.calling, one.graph, one.errors
     floor = result.ceilings.floor(case)
     own = one.peer.case(case)
     return CudaRow(
@@ -82,6 +91,10 @@ def make_row(one: CudaMeasured, result: CudaResult) -> CudaRow:
         ms_p20=t.p20 * 1e3 if t else None,
         ms_p80=t.p80 * 1e3 if t else None,
         host_ms=t.host * 1e3 if t else None,
+        calling_thread_ms=c.median * 1e3 if c else None,
+        calling_thread_ms_p20=c.p20 * 1e3 if c else None,
+        calling_thread_ms_p80=c.p80 * 1e3 if c else None,
+        calling_thread_host_ms=c.host * 1e3 if c else None,
         graph_ms=g.median * 1e3 if g else None,
         graph_ms_p20=g.p20 * 1e3 if g else None,
         graph_ms_p80=g.p80 * 1e3 if g else None,
@@ -103,14 +116,19 @@ def make_row(one: CudaMeasured, result: CudaResult) -> CudaRow:
 
 
 def targets(result: CudaResult) -> list[Target]:
-    """What ours is to reach, in milliseconds: for each case with a target, eager and in a graph."""
+    """What ours is to reach, in milliseconds, for each case with a target: eager, eager with the
+    backward in the calling thread, and in a graph.
+    """
     found = []
     for named in result.options.cases:
-        one = result.find(named.label, OURS)
-        for kind, wanted in (("eager", named.target_ms), ("in a graph", named.graph_target_ms)):
+        one = result.find(named.label, OURS) or CudaMeasured(named, OURS, 0)
+        for kind, wanted, times in (
+            ("eager", named.target_ms, one.times),
+            (f"eager, {_CALLING}", named.target_ms, one.calling),
+            ("in a graph", named.graph_target_ms, one.graph),
+        ):
             if wanted is None:
                 continue
-            times = None if one is None else one.times if kind == "eager" else one.graph
             value = None if times is None else times.median * 1e3
             text = f"{named.label}, {kind}: at most {wanted:g} ms"
             found.append(Target(text, value, None if value is None else value <= wanted))
@@ -125,6 +143,7 @@ def compose(header: dict[str, str], result: CudaResult) -> str:
         "## Targets\n\n" + _targets(result),
         "## How it was measured\n\n" + _METHOD,
         _ceilings(result),
+        "## The host's own floor\n\n" + _host_floor(result),
         *(_case(named.label, result) for named in result.options.cases),
         what_is_compared(result.options.peers),
     ]
@@ -140,13 +159,15 @@ def summary(result: CudaResult) -> str:
         if ours is None:
             continue
         row = make_row(ours, result)
-        line = [named.label, number(row.ms_median, 4), number(row.graph_ms, 4)]
+        line = [named.label, number(row.ms_median, 4), number(row.calling_thread_ms, 4)]
+        line += [number(row.graph_ms, 4)]
         line += [number(row.floor_ms, 4), number(row.times_floor), number(row.extra_mib)]
         for peer in peers:
             line.append(_times_ours(result.find(named.label, peer), ours))
         lines.append(line)
-    head = ["case", "ours ms", "graph ms", "floor ms", "ours / floor", "peak MiB"]
-    return f"{_targets(result)}\n\n{table([*head, *(peer.name for peer in peers)], lines)}"
+    head = ["case", "ours ms", f"ours ms, {_CALLING}", "graph ms", "floor ms", "ours / floor"]
+    head += ["peak MiB", *(peer.name for peer in peers)]
+    return f"{_targets(result)}\n\n{_host_floor(result)}\n\n{table(head, lines)}"
 
 
 def _times_ours(one: CudaMeasured | None, ours: CudaMeasured) -> str:
@@ -175,6 +196,15 @@ def _ceilings(result: CudaResult) -> str:
     return "## Ceilings\n\n" + text + "\n\n" + table(["ceiling", "rate"], lines)
 
 
+def _host_floor(result: CudaResult) -> str:
+    floor = result.host_floor
+    lines = [
+        [name, number(times.median * 1e3, 4), number(times.host * 1e3, 4)]
+        for name, times in (("eager", floor.times), (f"eager, {_CALLING}", floor.calling))
+    ]
+    return table(["(x * 2).sum().backward(), x one number", "ms", "host ms"], lines)
+
+
 def _case(label: str, result: CudaResult) -> str:
     rows = [make_row(one, result) for one in result.measured if one.named.label == label]
     if not rows:
@@ -189,6 +219,7 @@ def _case(label: str, result: CudaResult) -> str:
                 number(row.ms_median, 4),
                 f"{number(row.ms_p20, 4)} .. {number(row.ms_p80, 4)}" if row.steps else "-",
                 number(row.host_ms),
+                number(row.calling_thread_ms, 4),
                 number(row.graph_ms, 4),
                 number(row.tflops_per_s),
                 number(row.tbytes_per_s),
@@ -199,8 +230,8 @@ def _case(label: str, result: CudaResult) -> str:
                 row.note,
             ]
         )
-    head = ["", "ms", "p20 .. p80", "host ms", "graph", "TFLOP/s", "TB/s", "/ floor"]
-    head += ["peak MiB", "table MiB", "errors", "note"]
+    head = ["", "ms", "p20 .. p80", "host ms", f"ms, {_CALLING}", "graph", "TFLOP/s", "TB/s"]
+    head += ["/ floor", "peak MiB", "table MiB", "errors", "note"]
     title = (
         f"## {label}: n={first.n}, m={first.m}, d={first.d}, F={first.slots:,}, drift={first.drift}"
     )

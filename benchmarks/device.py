@@ -93,6 +93,11 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+def backward_in_calling_thread() -> contextlib.AbstractContextManager[object]:
+    """Autograd then hands nothing over to a thread of the device's, as it does by default."""
+    return torch.autograd.set_multithreading_enabled(False)
+
+
 class CpuDevice:
     """For tests of the suite: no events, no graphs, no counter of allocations."""
 

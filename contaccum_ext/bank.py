@@ -132,7 +132,7 @@ class DualMemoryBank(BankState):
         """(F,) ring positions, oldest first."""
         head, fill = self.cursor.tolist()
         first = head if fill == self.capacity else 0
-        return (first + torch.arange(fill, device=self.cursor.device)) % self.capacity
+        return (first + torch.arange(fill, device=self.device)) % self.capacity
 
     def queries(self) -> Tensor:
         """(F, d) banked queries, oldest first; a copy."""

@@ -51,6 +51,12 @@ class BankState(nn.Module):
             shapes["expected"] = ((rows, self.capacity), accumulation_dtype(dtype))
         return shapes
 
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers live."""
+        b: dict = self._buffers  # faster than attributes
+        return b["cursor"].device
+
     def buffers_in_order(self) -> tuple[Tensor | None, ...]:
         """The op's bank arguments, in the order of its schema; the last is None if not kept."""
         b: dict = self._buffers  # faster than attributes

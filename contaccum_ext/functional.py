@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ _BANKS = ("both", "passages", "queries")
 _NO_LAYOUT = BankLayout(1, 1, 1)
 
 
-@dataclass(frozen=True)
-class _Options:
+class _Options(NamedTuple):
     """What both directions of a loss share."""
 
     scale: float
@@ -183,8 +182,8 @@ class _BankedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, queries, passages, temperature, scale, arguments):
-        loss, *gradients = ops.banked_loss_(*arguments)
-        ctx.save_for_backward(*gradients)
+        loss, d_queries, d_passages, d_scale = ops.banked_loss_(*arguments)
+        ctx.save_for_backward(d_queries, d_passages, d_scale)
         # Only for their dtype and to connect second derivatives to their error. Not saved: their
         # values are not used, so whoever changes them in place afterwards does no harm.
         ctx.inputs, ctx.scale = (queries, passages, temperature), scale
@@ -194,17 +193,16 @@ class _BankedLoss(torch.autograd.Function):
     def backward(ctx, factor):
         d_queries, d_passages, d_scale = ctx.saved_tensors
         queries, _, temperature = ctx.inputs
-        scaled = list(ops.scaled_gradients(d_queries, d_passages, factor, queries))
-        if temperature is None:
-            scaled.append(None)
-        else:
+        d_queries, d_passages = ops.scaled_gradients(d_queries, d_passages, factor, queries)
+        d_temperature = None
+        if temperature is not None:
             d_temperature = factor * d_scale * -(ctx.scale**2)
-            scaled.append(d_temperature.reshape(temperature.shape).to(temperature))
+            d_temperature = d_temperature.reshape(temperature.shape).to(temperature)
+        scaled: tuple = (d_queries, d_passages, d_temperature)
         if torch.is_grad_enabled():  # create_graph=True
             inputs = [x for x in ctx.inputs if x is not None]
-            scaled = [None if g is None else _SecondDerivative.apply(g, *inputs) for g in scaled]
-        needed = ctx.needs_input_grad[:3]
-        return (*(g if n else None for g, n in zip(scaled, needed, strict=True)), None, None)
+            scaled = tuple(g if g is None else _SecondDerivative.apply(g, *inputs) for g in scaled)
+        return (*scaled, None, None)  # autograd drops those that are not needed
 
 
 class _SecondDerivative(torch.autograd.Function):
@@ -244,7 +242,7 @@ def _check_arguments(queries, passages, bank, passage_ids) -> None:
     if bank is not None:
         validation.instance("bank", bank, DualMemoryBank)
     validation.instance("queries", queries, Tensor)
-    device = queries.device if bank is None else bank.cursor.device
+    device = queries.device if bank is None else bank.device
     _check_tensor("queries", queries, device)
     _check_tensor("passages", passages, device)
     if passage_ids is not None:

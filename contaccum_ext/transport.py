@@ -154,7 +154,7 @@ def _chunks(bank: DualMemoryBank) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the ring, and (slots,) their positions."""
     for begin in range(0, bank.capacity, _CHUNK):
         part = slice(begin, min(begin + _CHUNK, bank.capacity))
-        yield part, torch.arange(part.start, part.stop, device=bank.cursor.device)
+        yield part, torch.arange(part.start, part.stop, device=bank.device)
 
 
 def _move(bank: DualMemoryBank, fields: list[Displacement], normalize: bool) -> None:
@@ -194,10 +194,8 @@ def _pair(bank: DualMemoryBank, name: str, old: Tensor, new: Tensor) -> tuple[Te
             raise ValueError(
                 f"{side}_{name}: expected shape (probes, {bank.dim}), got {tuple(tensor.shape)}"
             )
-        if tensor.device != bank.cursor.device:
-            raise ValueError(
-                f"{side}_{name}: expected device {bank.cursor.device}, got {tensor.device}"
-            )
+        if tensor.device != bank.device:
+            raise ValueError(f"{side}_{name}: expected device {bank.device}, got {tensor.device}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{side}_{name}: expected finite values")
     if old.shape != new.shape:
@@ -282,6 +280,6 @@ class BankTransport:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what ``state_dict`` gave."""
-        device = self.bank.cursor.device
+        device = self.bank.device
         self._last = (state["queries"].to(device), state["passages"].to(device)) if state else None
         self._slots.load_state_dict(state.get("slots", {}))

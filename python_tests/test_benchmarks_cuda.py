@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:  # benchmarks/ is not installed with the package
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import agreement, cli, cuda_cases, cuda_op, cuda_page, op_command, report  # noqa: E402
+from benchmarks import cli, cuda_cases, cuda_op, op_command, report  # noqa: E402
 from benchmarks.cases import Batches, Case, fill_batch  # noqa: E402
 from benchmarks.ceilings import Ceilings  # noqa: E402
 from benchmarks.cuda_peers import (  # noqa: E402
@@ -25,14 +25,12 @@ from benchmarks.cuda_peers import (  # noqa: E402
     COMPILED,
     CUDA_PEERS,
     FULL_BF16,
-    FULL_FP32,
     FULL_TF32,
     INF_CL,
     LIGER,
 )
 from benchmarks.device import CpuDevice, StepTimes, told  # noqa: E402
 from benchmarks.peers import LINEAR_TORCH, OURS, Ours, Peer  # noqa: E402
-from benchmarks.plot import scaling_plot, sweep_rows  # noqa: E402
 
 CEILINGS = Ceilings({"copy": 3e12}, {"8192^3 bf16": 8e14})
 PUBLISHED = {CCE.name: "cut_cross_entropy", LIGER.name: "liger_kernel", INF_CL.name: "inf_cl"}
@@ -139,13 +137,36 @@ def test_a_run_measures_checks_and_counts():
     assert device.released > 3
     for one in result.measured:
         assert one.note == "" and one.errors.small and one.banks == 4
-        assert one.times.median > 0 and one.fill_seconds > 0
+        assert one.times.median > 0 and one.fill_seconds > 0 and one.calling.median > 0
+    assert result.host_floor.times.median > 0 and result.host_floor.calling.median > 0
     ours, full, linear = result.measured  # the order of CUDA_PEERS
     assert (ours.peer, full.peer, linear.peer) == (OURS, FULL_TF32, LINEAR_TORCH)
     assert ours.graph.steps % 4 == 0 and full.graph is None
     assert 2000 <= ours.extra_bytes <= 32000 and full.extra_bytes == 1000
     assert ours.table_bytes > 0 and full.table_bytes == 0
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_every_peer_is_timed_with_the_backward_in_the_calling_thread_too():
+    seen = []
+
+    class Watched(Ours):
+        def step(self, queries, passages):
+            seen.append(torch._C._is_multithreading_enabled())
+            return super().step(queries, passages)
+
+    first, second = (
+        dataclasses.replace(peer, name=f"watched {peer.name}", build=Watched)
+        for peer in (OURS, LINEAR_TORCH)
+    )
+    for peer in (first, second):
+        seen.clear()
+        (one,) = run(named(Case(16, n=4, d=8), peer), peers=(peer,), rounds=1).measured
+        assert one.note == "" and one.calling.steps > 0
+        begin = seen.index(False)
+        assert seen[begin:].count(False) >= one.calling.steps and begin >= one.times.steps
+        assert seen[begin:] == sorted(seen[begin:])  # nothing after it in the calling thread
+    assert torch._C._is_multithreading_enabled()
 
 
 def test_what_cannot_be_run_says_why():
@@ -166,7 +187,9 @@ def test_what_cannot_be_run_says_why():
 def test_a_quadratic_peer_is_expected_to_take_what_its_largest_case_says():
     done = cuda_op.CudaMeasured(named(Case(1016, n=8, d=64), CCE), CCE, 1)
     done.times = StepTimes((0.5,), (0.5,), 1)
-    result = cuda_op.CudaResult(SMALL, CEILINGS, [done])
+    result = cuda_op.CudaResult(
+        SMALL, CEILINGS, cuda_cases.measure_host_floor(CpuDevice(), 0), [done]
+    )
     twice_wide = Case(2040, n=8, d=128)
     assert cuda_op.expected_seconds(CCE, twice_wide, result) == pytest.approx(0.5 * 4 * 2)
     assert cuda_op.expected_seconds(OURS, twice_wide, result) == 0
@@ -188,81 +211,6 @@ def test_a_peer_that_fails_is_told_and_the_others_go_on():
         if importlib.util.find_spec(module) is None:
             assert notes[name] == f"not installed: No module named '{module}'"
     assert told(ValueError()) == "ValueError: "
-
-
-def result_with(*times: tuple[str, Case, Peer, float | None]) -> cuda_op.CudaResult:
-    measured = []
-    for label, case, peer, seconds in times:
-        target = cuda_cases.NamedCase(label, case, 0.2, 0.1)
-        one = cuda_op.CudaMeasured(target, peer, 2, note="" if seconds else "out of memory")
-        if seconds:
-            one.times = StepTimes((seconds,) * 3, (seconds / 2,) * 3, 30)
-            one.errors = agreement.Errors(1e-4, 2e-3, 3e-3)
-            one.extra_bytes, one.table_bytes = 3 << 20, 1 << 20
-            if peer is OURS:
-                one.graph = StepTimes((seconds / 4,), (1e-6,), 16)
-        measured.append(one)
-    cases = tuple({one.named.label: one.named for one in measured}.values())
-    options = cuda_op.CudaOptions(cases=cases, peers=(OURS, FULL_BF16))
-    return cuda_op.CudaResult(options, CEILINGS, measured)
-
-
-C = Case(32768, n=128, d=768, dtype="bf16")
-
-
-def test_targets_are_met_missed_or_not_measured():
-    result = result_with(("C", C, OURS, 3e-4), ("D", C.with_slots(65536), OURS, None))
-    verdicts = [(t.text, t.value, t.passed) for t in cuda_page.targets(result)]
-    assert verdicts == [
-        ("C, eager: at most 0.2 ms", pytest.approx(0.3), False),
-        ("C, in a graph: at most 0.1 ms", pytest.approx(0.075), True),
-        ("D, eager: at most 0.2 ms", None, None),
-        ("D, in a graph: at most 0.1 ms", None, None),
-    ]
-
-
-def test_rows_page_and_summary_tell_the_rates_and_what_was_refused(tmp_path):
-    result = result_with(("C", C, OURS, 4e-4), ("C", C, FULL_FP32, 4e-2), ("C", C, FULL_BF16, None))
-    row, wide, refused = (cuda_page.make_row(one, result) for one in result.measured)
-    assert row.tflops_per_s == pytest.approx(8 * 128 * 32768 * 768 / 4e-4 / 1e12)
-    assert row.tbytes_per_s == pytest.approx(32768 * 2 * 768 * 2 / 4e-4 / 1e12)
-    assert row.floor_ms == pytest.approx(32768 * 2 * 768 * 2 / 3e12 * 1e3)
-    assert row.times_floor == pytest.approx(0.4 / row.floor_ms)
-    assert (row.extra_mib, row.bank_mib, row.table_mib, row.target_ms) == (3, 96, 1, 0.2)
-    assert (wide.dtype, wide.bank_mib, wide.target_ms) == ("fp32", 192, None)
-    assert refused.ms_median is None and refused.note == "out of memory"
-
-    path = tmp_path / "x.csv"
-    report.write_csv(path, {"gpu": "some model"}, [row, wide, refused], cuda_page.CudaRow)
-    header, read = report.read_csv(path)
-    assert header == {"gpu": "some model"}
-    assert list(read[0]) == [field.name for field in dataclasses.fields(cuda_page.CudaRow)]
-    assert (read[0]["ms_median"], read[1]["ms_median"], read[2]["ms_median"]) == ("0.4", "40", "")
-
-    page = cuda_page.compose({"gpu": "some model"}, result)
-    for wanted in ("some model", "MISSED", "met", "out of memory", "It lacks", "## C: n=128"):
-        assert wanted in page
-    assert "1e-04 / 2e-03 / 3e-03" in page and "800 TFLOP/s" in page and "3.00 TB/s" in page
-    assert "| 0.400 |" in cuda_page.summary(result)
-
-
-def test_plot_takes_the_sweep_out_of_all_cases(tmp_path):
-    sweep = [
-        (f"F={slots}", C.with_slots(slots), peer, slots * 1e-8)
-        for slots in (1024, 2048, 4096)
-        for peer in (OURS, FULL_FP32, FULL_BF16)
-    ]
-    others = [("A", Case(2048, d=768, m=2, dtype="bf16"), OURS, 1e-4)]
-    result = result_with(*others, *sweep)
-    rows = [cuda_page.make_row(one, result) for one in result.measured]
-    table = tmp_path / "x.csv"
-    report.write_csv(table, {"gpu": "some model"}, rows, cuda_page.CudaRow)
-    chosen = sweep_rows(report.read_csv(table)[1])
-    assert [row["label"] for row in chosen] == [label for label, *_ in sweep]
-    pytest.importorskip("matplotlib")
-    scaling_plot(table, tmp_path / "x.svg")
-    drawn = (tmp_path / "x.svg").read_text()
-    assert "some model" in drawn or "<svg" in drawn
 
 
 def test_ceilings_are_measured():

@@ -54,8 +54,11 @@ bool takes_rows_mma(const CudaStep& step) {
           step.layout.offset_block >= 32);
 }
 
+// With few rows the entries of a small batch may share the launch: few_rows_mma().
+struct EntryLaunch;
 template <class S>
-void launch_rows_mma(const Args<S>& a, const CudaStep& step, cudaStream_t stream);
+void launch_rows_mma(const Args<S>& a, const CudaStep& step, const EntryLaunch* entries,
+                     cudaStream_t stream);
 
 template <class S>
 void launch_attend_mma(const Args<S>& a, const CudaDevice& device, bool queries, int splits,

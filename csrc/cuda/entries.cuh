@@ -2,8 +2,9 @@
 //
 // - score_entries: rows against whole blocks of the bank, one warp for kTileRows rows and a strip
 //   of groups; sums by group for head's block and the next, by strip for the others.
-// - enter_rows: a thread block a row puts those together, a warp a part; beside them a thread a row
-//   that stays, what banked_rows() has left to do.
+// - enter_rows: a thread block a row puts those together, a warp a part, and adds the row's score
+//   with its own positive; beside them a thread a row that stays, what banked_rows() has left to
+//   do.
 #pragma once
 
 #include "online_softmax.cuh"
@@ -15,7 +16,7 @@ namespace contaccum {
 
 // Which rows get entries, and where the ring stands when they are to hold.
 enum class Entries {
-  batch,   // the rows just written, after the step
+  batch,   // the batch's rows, after the step
   before,  // all rows, before the step
   after,   // all rows, after the step
 };
@@ -41,8 +42,26 @@ struct EntryRows {
                                     : max(0, min(args.rebuild_rows, ring.fill - first_row))) {}
 
   __device__ int slot(int i) const {
-    return which == Entries::batch ? was.slot_of(a.n - count + i) : first + i;
+    return which == Entries::batch ? was.slot_of(batch_row(i)) : first + i;
   }
+  __device__ int batch_row(int i) const { return a.n - count + i; }
+  // Where a row and a flat column are: in the bank, or with ~ in the batch, which need not have
+  // been written yet.
+  __device__ int row_place(int i) const {
+    return which == Entries::batch ? ~batch_row(i) : first + i;
+  }
+  __device__ int column_place(int column) const {
+    if (which != Entries::batch) return column;
+    const int row = was.row_to(column / a.m);
+    return row < 0 ? column : ~(row * a.m + column % a.m);
+  }
+  __device__ const S* query(int place) const {
+    return place < 0 ? a.local_queries + int64_t(~place) * a.d : a.queries + int64_t(place) * a.d;
+  }
+  __device__ const S* passage(int place) const {
+    return place < 0 ? a.local_passages + int64_t(~place) * a.d : a.passages + int64_t(place) * a.d;
+  }
+  __device__ int64_t id(int place) const { return place < 0 ? a.local_ids[~place] : a.ids[place]; }
   // Blocks to score, beside head's and the next.
   __device__ int blocks() const { return scores_some() ? was.touched() : a.blocks; }
   // The i-th block to score: head's, the next, then the others; -1 past the end.
@@ -98,13 +117,10 @@ __global__ void __launch_bounds__(kThreads)
   const int my_row = min(row + lane_row<A>(), rows.count - 1), slot = rows.slot(my_row);
   const bool leader = row + lane_row<A>() < rows.count && lane_local<A>() == 0;
   const int64_t positive_id = a.masked() ? a.ids[int64_t(slot) * a.m] : -1;
-  int slots[T];
   const S* vectors[T];
 #pragma unroll
-  for (int t = 0; t < T; ++t) {
-    slots[t] = __shfl_sync(0xffffffffu, slot, t * L);
-    vectors[t] = a.queries + int64_t(slots[t]) * a.d;
-  }
+  for (int t = 0; t < T; ++t)
+    vectors[t] = a.queries + int64_t(__shfl_sync(0xffffffffu, slot, t * L)) * a.d;
 
   auto lse_over = [&](int begin, int end) {  // slots of the bank
     RowLse lse;
@@ -135,16 +151,7 @@ __global__ void __launch_bounds__(kThreads)
     const RowLse rest = lse_over(cut ? rows.ring.head : end, end);
     if (leader) store_entry(rows.group_part(0, a.groups), row + lane_row<A>(), rest);
   }
-  if (i >= 2) {
-    if (leader) store_entry(rows.strip_part(i, strip), row + lane_row<A>(), whole);
-    return;
-  }
-  if (i != 0 || strip != 0) return;
-  for (int t = 0; t < T; ++t) {
-    const int64_t at = slots[t];
-    const A dot = warp_dot(a.queries + at * a.d, a.passages + at * a.m * a.d, a.d);
-    if (leader && lane_row<A>() == t) a.row(kPositive)[at] = dot * a.scale;
-  }
+  if (i >= 2 && leader) store_entry(rows.strip_part(i, strip), row + lane_row<A>(), whole);
 }
 
 // What row_state, and beside it `expected`, hold of a row.
@@ -262,7 +269,7 @@ class EnterRow {
       if (at >= 0) {
         add_stored(lse, rows.strip_part(at, 0), i);
       } else if constexpr (!kExpect) {
-        A* const units = a.unit_lse + int64_t(b) * a.parts * a.n + a.n - rows.count + i;
+        A* const units = a.unit_lse + int64_t(b) * a.parts * a.n + rows.batch_row(i);
         if (b != current && b * a.block < rows.was.fill)
           lse = sum_entries<false>(EntryPointers<A>{units, nullptr}, a.parts, a.n);
       }
@@ -332,6 +339,14 @@ class EnterRow {
     }
     suffix.add_entry(rest.lse, rest.expected);
     return suffix;
+  }
+  // By a warp. The loss has scored the batch's rows with their positives.
+  __device__ void score_positive() const {
+    const A score =
+        rows.which == Entries::batch
+            ? a.local_positive[rows.batch_row(i)]
+            : a.scale * warp_dot(a.queries + slot * a.d, a.passages + slot * a.m * a.d, a.d);
+    if (lane == 0) a.row(kPositive)[slot] = score;
   }
   __device__ void store(RowLse base, const RowLse& fresh_base, const RowLse& fresh,
                         const RowLse& old) const {
@@ -450,6 +465,7 @@ __global__ void __launch_bounds__(kEnterThreads)
                       : warp == 1 ? row.scored_blocks()
                       : warp == 2 ? row.fresh_blocks()
                                   : row.fresh_groups();
+  if (warp == 3) row.score_positive();
   __shared__ A max[kEnterWarps], sum[kEnterWarps], weighted[kEnterWarps];
   if (threadIdx.x % 32 == 0) {
     max[warp] = mine.max;

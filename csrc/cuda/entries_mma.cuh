@@ -29,24 +29,24 @@ class ScoreEntries {
       float part_weighted[T::kParts][T::kRows];                // used while no scores are
     };
     int64_t ids[T::kColumns];
-    int slots[T::kRows];  // -1 past the end
+    int row_places[T::kRows], column_places[T::kColumns];  // see EntryRows
     float part_max[T::kParts][T::kRows], part_sum[T::kParts][T::kRows];
   };
 
-  __device__ ScoreEntries(const EntryRows<S, kExpect>& r, Shared& shared, int which_block)
+  __device__ ScoreEntries(const EntryRows<S, kExpect>& r, Shared& shared, int first_row,
+                          int which_block)
       : a(r.a),
         rows(r),
         sh(shared),
         i(which_block),
         begin(r.block(which_block) * r.a.block),
         limit(min(r.ring.block_end(r.block(which_block)), r.ring.fill)),
-        first(blockIdx.x * T::kRows),
+        first(first_row),
         my_row(threadIdx.x % T::kRows),
         part(threadIdx.x / T::kRows),
         slot(r.slot(min(first + my_row, r.count - 1))),
-        positive_id(a.masked() ? a.ids[int64_t(slot) * a.m] : -1) {
-    if (threadIdx.x < T::kRows) sh.slots[threadIdx.x] = valid() ? slot : -1;
-    __syncthreads();
+        positive_id(a.masked() ? r.id(r.column_place(slot * a.m)) : -1) {
+    if (threadIdx.x < T::kRows) sh.row_places[threadIdx.x] = r.row_place(first + my_row);
   }
 
   __device__ void run(int strip) {
@@ -167,17 +167,17 @@ class ScoreEntries {
     const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks, k = k0 + chunk * 8;
 #pragma unroll
     for (int x = 0; x < T::kRows / kRowsAtOnce; ++x) {
-      const int copied = sh.slots[row + x * kRowsAtOnce];
-      const bool inside = copied >= 0 && k < a.d;
-      copy_16(to + (row + x * kRowsAtOnce) * T::kRowBytes + chunk * 16,
-              inside ? a.queries + int64_t(copied) * a.d + k : a.queries, inside);
+      const int r = row + x * kRowsAtOnce;
+      const bool inside = first + r < rows.count && k < a.d;
+      copy_16(to + r * T::kRowBytes + chunk * 16,
+              inside ? rows.query(sh.row_places[r]) + k : a.queries, inside);
     }
 #pragma unroll
     for (int x = 0; x < T::kColumns / kRowsAtOnce; ++x) {
       const int c = row + x * kRowsAtOnce;
       const bool inside = column + c < end && k < a.d;
       copy_16(to + (T::kRows + c) * T::kRowBytes + chunk * 16,
-              inside ? a.passages + int64_t(column + c) * a.d + k : a.passages, inside);
+              inside ? rows.passage(sh.column_places[c]) + k : a.queries, inside);
     }
   }
 
@@ -189,13 +189,19 @@ class ScoreEntries {
     const int warp_column = warp / T::kWarpsDown % T::kWarpsAcross * T::kWarpColumns;
     const int deep = warp / (T::kWarpsDown * T::kWarpsAcross);
     const int slices = (a.d + T::kSlice - 1) / T::kSlice;
+    const int mine = column + threadIdx.x;
+    int64_t id = -1;  // asked for before the copies, waited for beside them
+    if (threadIdx.x < T::kColumns) {
+      const int place = rows.column_place(mine);
+      sh.column_places[threadIdx.x] = place;
+      if (a.masked() && mine < end) id = rows.id(place);
+    }
+    __syncthreads();
     for (int s = 0; s < T::kStages - 1; ++s) {
       if (s < slices) load_slice(column, end, s * T::kSlice, s);
       copy_commit();
     }
-    const int mine = column + threadIdx.x;
-    int64_t id = -1;  // asked for early, used after the products
-    if (a.masked() && threadIdx.x < T::kColumns && mine < end) id = a.ids[mine];
+    if (threadIdx.x < T::kColumns) sh.ids[threadIdx.x] = id;
 
     float acc[MT][NT][4] = {};
     int stage = 0;
@@ -240,7 +246,6 @@ class ScoreEntries {
         for (int e = 0; e < 4; ++e)
           sh.scores[deep][warp_row + mt * 16 + e / 2 * 8 + lane / 4]
                    [warp_column + nt * 8 + lane % 4 * 2 + e % 2] = acc[mt][nt][e];
-    if (threadIdx.x < T::kColumns) sh.ids[threadIdx.x] = id;
     __syncthreads();
   }
 
@@ -252,32 +257,23 @@ class ScoreEntries {
   const int64_t positive_id;
 };
 
-// Scores of the rows with their own positives: thread blocks that have no strip share them.
-template <class S, bool kExpect>
-__device__ void score_positives(const EntryRows<S, kExpect>& rows, int first, int count) {
-  const Args<S>& a = rows.a;
-  const int end = min(first + count, rows.count);
-  for (int row = first + blockIdx.z * kWarps + threadIdx.x / 32; row < end;
-       row += gridDim.z * kWarps) {
-    const int64_t slot = rows.slot(row);
-    const float dot = warp_dot(a.queries + slot * a.d, a.passages + slot * a.m * a.d, a.d);
-    if (threadIdx.x % 32 == 0) a.row(kPositive)[slot] = dot * a.scale;
-  }
+// Grid (rows / kRows, strips, 2 + blocks), whatever place in it the thread block has.
+template <class S, class T, bool kExpect>
+__device__ void score_strip(const Args<S>& a, Entries which, int first_row, dim3 at, char* shared) {
+  using Scores = ScoreEntries<S, T, kExpect>;
+  // The ring's position is asked for before the barrier that has_entered() waits at.
+  const EntryRows<S, kExpect> rows(a, which, first_row, true);
+  const int first = at.x * T::kRows;
+  if (!has_entered(a, which) || first >= rows.count || rows.block(at.z) < 0) return;
+  Scores(rows, *reinterpret_cast<typename Scores::Shared*>(shared), first, at.z).run(at.y);
 }
 
-// Grid (rows / kRows, strips + 1, 2 + blocks).
 template <class S, class T, bool kExpect>
 __global__ void __launch_bounds__(kThreads, 2)
     score_entries_mma(const Args<S> a, Entries which, int first_row) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // earlier GPUs take entries.cuh
   extern __shared__ __align__(16) char dynamic[];
-  using Scores = ScoreEntries<S, T, kExpect>;
-  // The ring's position is asked for before the barrier that has_entered() waits at.
-  const EntryRows<S, kExpect> rows(a, which, first_row, true);
-  if (!has_entered(a, which) || int(blockIdx.x) * T::kRows >= rows.count) return;
-  if (int(blockIdx.y) == a.strips) return score_positives(rows, blockIdx.x * T::kRows, T::kRows);
-  if (rows.block(blockIdx.z) < 0) return;
-  Scores(rows, *reinterpret_cast<typename Scores::Shared*>(dynamic), blockIdx.z).run(blockIdx.y);
+  score_strip<S, T, kExpect>(a, which, first_row, blockIdx, dynamic);
 #endif
 }
 

@@ -21,6 +21,23 @@ inline int entry_columns(const CudaDevice& device, int64_t rows, int64_t columns
                                                           : NarrowEntries::kColumns;
 }
 
+// Columns that a thread block scores at once for the table; 0 without tensor cores.
+template <class S>
+int64_t columns_of_entries(const CudaStep& step, int64_t rows, int64_t slots) {
+  return takes_entries_mma<S>(step) ? entry_columns(step.device, rows, slots * step.layout.m) : 0;
+}
+template <class S>
+int64_t columns_of_batch(const CudaStep& step) {  // blocks that it touches are mostly head's
+  return columns_of_entries<S>(step, step.batch.n, 2 * step.layout.block);
+}
+
+// Where the batch's entries share the launch of the rows of a small bank.
+template <class S>
+bool takes_entries_with_rows(const CudaStep& step) {
+  return takes_few_rows_mma<S>(step) && !step.options.keep_expected &&
+         columns_of_batch<S>(step) == SmallEntries::kColumns;
+}
+
 enum class Entries;
 
 // What a launch covers besides Args.

@@ -64,14 +64,31 @@ void launch_rows(const Args<S>& a, int parts, cudaStream_t stream) {
   kernel<<<dim3(a.row_blocks, parts), kThreads, bytes, stream>>>(a);
 }
 
+inline dim3 entries_grid(int strips, const EntryLaunch& launch, int rows_at_once) {
+  return dim3(ceil_div(launch.rows, rows_at_once), strips, 2 + launch.blocks);
+}
+
 template <class S>
-void launch_rows_mma(const Args<S>& a, const CudaStep& step, cudaStream_t stream) {
+void launch_few_rows(const Args<S>& a, int parts, const EntryLaunch& entries, cudaStream_t stream) {
+  constexpr int bytes =
+      std::max<int>(sizeof(typename BankedRowsMma<S, FewRows>::Shared), SmallEntries::kSharedBytes);
+  const dim3 grid = entries_grid(a.strips, entries, SmallEntries::kRows);
+  const auto kernel = few_rows_mma<S>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  kernel<<<a.row_blocks * parts + grid.x * grid.y * grid.z, kThreads, bytes, stream>>>(a, parts,
+                                                                                       grid);
+}
+
+template <class S>
+void launch_rows_mma(const Args<S>& a, const CudaStep& step, const EntryLaunch* entries,
+                     cudaStream_t stream) {
   static_assert(
       FewRows::kRows == kFewRowsMma && NarrowRows::kRows == kRowsMma && WideRows::kRows == kRowsMma,
       "row_blocks() counts them");
   if (takes_few_rows_mma<S>(step)) {
-    const bool apart = a.incremental && a.row_blocks <= step.device.multiprocessors;
-    return launch_rows<S, FewRows>(a, apart ? 2 : 1, stream);
+    const int parts = a.incremental && a.row_blocks <= step.device.multiprocessors ? 2 : 1;
+    if (entries != nullptr) return launch_few_rows<S>(a, parts, *entries, stream);
+    return launch_rows<S, FewRows>(a, parts, stream);
   }
   // 128 columns do not fit the shared memory of the smaller chips.
   const bool wide = a.n * a.m > 64 && sizeof(typename BankedRowsMma<S, WideRows>::Shared) <=
@@ -88,7 +105,7 @@ void launch_entries(const Args<S>& a, const EntryLaunch& launch, cudaStream_t st
                 "entry_columns() counts what the kernel needs");
   const auto kernel = score_entries_mma<S, Tile, kExpect>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
-  const dim3 grid(ceil_div(launch.rows, Tile::kRows), a.strips + 1, 2 + launch.blocks);
+  const dim3 grid = entries_grid(a.strips, launch, Tile::kRows);
   kernel<<<grid, kThreads, Tile::kSharedBytes, stream>>>(a, launch.which, launch.first_row);
 }
 

@@ -222,20 +222,16 @@ inline int64_t touched_blocks(const Layout& y, int64_t n) {
   return std::min(y.blocks(), ceil_div(n - 1, y.block) + 1);
 }
 
-// Columns that a thread block scores at once for the table; 0 without tensor cores.
-template <class S>
-int64_t columns_of_entries(const CudaStep& step, int64_t rows, int64_t slots) {
-  return takes_entries_mma<S>(step) ? entry_columns(step.device, rows, slots * step.layout.m) : 0;
-}
-template <class S>
-int64_t columns_of_batch(const CudaStep& step) {  // blocks that it touches are mostly head's
-  return columns_of_entries<S>(step, step.batch.n, 2 * step.layout.block);
-}
-
 // Blocks besides head's and the next that the batch's rows are scored against.
 inline int64_t blocks_of_batch(const CudaStep& step) {
   const Layout& y = step.layout;
   return step.options.keep_expected ? y.blocks() : touched_blocks(y, step.batch.n);
+}
+
+template <class S>
+EntryLaunch entries_of_batch(const CudaStep& step) {
+  const int64_t rows = std::min(step.batch.n, step.layout.capacity);
+  return {Entries::batch, 0, rows, blocks_of_batch(step), columns_of_batch<S>(step)};
 }
 
 // Room for the parts of `rows` rows over `blocks` blocks.
@@ -395,6 +391,7 @@ class Launcher {
       attend_passages<S, DPT, V><<<grid, kThreads, 0, stream_>>>(a_);
   }
 
+  // Also the entries of the batch's rows, where they share the launch.
   void score_rows() {
     if (step_.options.keep_expected) {
       banked_rows<S, V, true><<<a_.row_blocks, kRowThreads, 0, stream_>>>(a_);
@@ -402,7 +399,11 @@ class Launcher {
     }
     if constexpr (sizeof(S) == 2) {
       if (takes_rows_sm90a<S>(step_)) return check(launch_rows_sm90a<S>(a_, stream_));
-      if (takes_rows_mma<S>(step_)) return launch_rows_mma<S>(a_, step_, stream_);
+      if (a_.incremental && takes_entries_with_rows<S>(step_)) {
+        const EntryLaunch entries = entries_of_batch<S>(step_);
+        return launch_rows_mma<S>(for_batch(), step_, &entries, stream_);
+      }
+      if (takes_rows_mma<S>(step_)) return launch_rows_mma<S>(a_, step_, nullptr, stream_);
     }
     banked_rows<S, V, false><<<a_.row_blocks, kRowThreads, 0, stream_>>>(a_);
   }
@@ -424,17 +425,22 @@ class Launcher {
                                                                           launch.first_row);
   }
 
-  void enter_batch() {
+  // The arguments of kernels that make or read the entries of the batch's rows.
+  Args<S> for_batch() const {
     Arena arena = arena_;
     Args<S> a = a_;
     arrange_batch(step_, arena, a);
-    const int64_t rows = std::min<int>(a.n, a.capacity);
+    return a;
+  }
+
+  void enter_batch() {
+    const Args<S> a = for_batch();
+    const EntryLaunch entries = entries_of_batch<S>(step_);
     const int64_t survivors = ceil_div(a.capacity, kEnterThreads);
-    score_entries_of(a,
-                     {Entries::batch, 0, rows, blocks_of_batch(step_), columns_of_batch<S>(step_)});
+    if (!takes_entries_with_rows<S>(step_)) score_entries_of(a, entries);
     (step_.options.keep_expected
          ? enter_rows<S, true>
-         : enter_rows<S, false>)<<<survivors + rows, kEnterThreads, 0, stream_>>>(
+         : enter_rows<S, false>)<<<survivors + entries.rows, kEnterThreads, 0, stream_>>>(
         a, Entries::batch, 0, int(survivors));
   }
 

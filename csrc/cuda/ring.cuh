@@ -78,9 +78,12 @@ struct Ring {
   __device__ int count() const { return min(a.n, int(a.capacity)); }
   __device__ int slot_of(int row) const { return (head + row) % a.capacity; }
   __device__ int first_slot() const { return slot_of(a.n - count()); }
-  __device__ bool is_written(int slot) const {
-    return (slot - first_slot() + a.capacity) % a.capacity < count();
+  // The batch row that is written to a slot, or -1.
+  __device__ int row_to(int slot) const {
+    const int i = (slot - first_slot() + a.capacity) % a.capacity;
+    return i < count() ? a.n - count() + i : -1;
   }
+  __device__ bool is_written(int slot) const { return row_to(slot) >= 0; }
   __device__ bool crosses() const {  // head leaves its block; only asked when the table is kept
     return head + a.n >= block_end(block());
   }

@@ -9,6 +9,8 @@
 // - Offsets: the rows of a block lie in a few runs of slots; each run has one bias a column.
 #pragma once
 
+#include "entries_mma.cuh"
+#include "entries_mma.h"
 #include "online_softmax.cuh"
 #include "ptx_mma.cuh"
 #include "ring.cuh"
@@ -29,13 +31,13 @@ class BankedRowsMma {
     double losses[kWarps];
   };
 
-  __device__ BankedRowsMma(const Args<S>& args, const Ring<S>& r, Shared& shared)
+  __device__ BankedRowsMma(const Args<S>& args, const Ring<S>& r, Shared& shared, int first_slot)
       : a(args),
         ring(r),
         sh(shared),
         warp(threadIdx.x / 32),
         lane(threadIdx.x % 32),
-        first(blockIdx.x * T::kRows),
+        first(first_slot),
         slot(first + threadIdx.x / T::kLanes),
         valid(slot < r.fill),
         leader(valid && threadIdx.x % T::kLanes == 0),
@@ -304,29 +306,55 @@ class BankedRowsMma {
   Lse<float> biased;
 };
 
-// Grid (row_blocks, 1): all columns; or (row_blocks, 2): local columns, and what upkeep needs.
+// The part-th thread block of `parts` for the same rows: of one, all columns; of two, the local
+// ones, or what upkeep needs.
 template <class S, class T>
-__global__ void __launch_bounds__(kThreads, 2) banked_rows_mma(const Args<S> a) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // earlier GPUs take rows.cuh
-  extern __shared__ __align__(16) char dynamic[];
+__device__ void score_banked_rows(const Args<S>& a, int block, int part, int parts, char* shared) {
   using Rows = BankedRowsMma<S, T>;
-  auto& shared = *reinterpret_cast<typename Rows::Shared*>(dynamic);
+  auto& sh = *reinterpret_cast<typename Rows::Shared*>(shared);
   const Ring<S> ring(a, a.position);
   const bool upkeep = a.incremental && batch_is_finite(a);
-  const bool locals = blockIdx.y == 0, keeps = upkeep && blockIdx.y + 1 == gridDim.y;
+  const bool locals = part == 0, keeps = upkeep && part + 1 == parts;
   double loss = 0;
-  if (int(blockIdx.x) * T::kRows < ring.fill) {
-    Rows rows(a, ring, shared);
+  if (block * T::kRows < ring.fill) {
+    Rows rows(a, ring, sh, block * T::kRows);
     if (locals && (upkeep || a.banked_rows)) loss = rows.meet_locals(upkeep);
     if (keeps) rows.keep_groups();
   }
   if (!locals) return;
   loss = warp_sum(loss);
-  if (threadIdx.x % 32 == 0) shared.losses[threadIdx.x / 32] = loss;
+  if (threadIdx.x % 32 == 0) sh.losses[threadIdx.x / 32] = loss;
   __syncthreads();
   if (threadIdx.x != 0) return;
-  for (int w = 1; w < kWarps; ++w) loss += shared.losses[w];
-  a.losses[a.n + blockIdx.x] = loss;
+  for (int w = 1; w < kWarps; ++w) loss += sh.losses[w];
+  a.losses[a.n + block] = loss;
+}
+
+// Grid (row_blocks, parts).
+template <class S, class T>
+__global__ void __launch_bounds__(kThreads, 2) banked_rows_mma(const Args<S> a) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // earlier GPUs take rows.cuh
+  extern __shared__ __align__(16) char dynamic[];
+  score_banked_rows<S, T>(a, blockIdx.x, blockIdx.y, gridDim.y, dynamic);
+#endif
+}
+
+// In one launch what a small bank and a small batch leave to both, since neither fills a device and
+// each is one chain of latencies: banked rows, and the new rows' table entries. Those wait for
+// nothing but the position, and write nothing but scratch. Grid: row_blocks for each of the parts,
+// then `entries` in a row.
+template <class S>
+__global__ void __launch_bounds__(kThreads, 2)
+    few_rows_mma(const Args<S> a, int parts, dim3 entries) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  extern __shared__ __align__(16) char dynamic[];
+  const int block = blockIdx.x, of_rows = a.row_blocks * parts;
+  if (block < of_rows)
+    return score_banked_rows<S, FewRows>(a, block % a.row_blocks, block / a.row_blocks, parts,
+                                         dynamic);
+  const uint32_t i = block - of_rows, strip = i / entries.x;
+  const dim3 at(i % entries.x, strip % entries.y, strip / entries.y);
+  score_strip<S, SmallEntries, false>(a, Entries::batch, 0, at, dynamic);
 #endif
 }
 

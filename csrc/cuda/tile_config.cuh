@@ -71,9 +71,9 @@ struct EntriesTile {
   static constexpr int kParts = kThreads / kRows;  // threads of a row
   // Odd: a row a lane, in distinct banks. 32 x + 9: no more than two lanes meet when they write.
   static constexpr int kScoreStride = kColumns + 9;
-  // With ids, slots, and the sums of parts of rows.
+  // With ids, places, and the sums of parts of rows.
   static constexpr int kSharedBytes =
-      kStages * kStageBytes + kColumns * 8 + kRows * 4 + kParts * kRows * 8;
+      kStages * kStageBytes + kColumns * 12 + kRows * 4 + kParts * kRows * 8;
   static_assert(kWarpsDown * kWarpsAcross * kWarpsDeep == kWarps, "a share for each warp");
   static_assert(kSlice / 16 % kWarpsDeep == 0 && kWarpColumns % 16 == 0, "whole loads of matrices");
   static_assert(kRows % 32 == 0, "a warp's threads belong to one part of their rows");
