@@ -28,6 +28,7 @@ SAFE: dict[str, Any] = {**TRANSPORT, "limit": 0.3}
 PREDICTED: dict[str, Any] = {**TRANSPORT, "predict": True}
 FOLLOW_MEAN: dict[str, Any] = {**SAFE, "predict": True}
 LIBRARY: dict[str, Any] = {**FOLLOW_MEAN, "moved": True}
+CHOSEN: dict[str, Any] = {**LIBRARY, "decay": 0.97}
 TURNED: dict[str, Any] = {**FOLLOW_MEAN, "turned": True}
 DROPOUT: dict[str, Any] = {"dropout": True}
 
@@ -224,6 +225,43 @@ def lags() -> list[Setting]:
             ]
             here += [Setting(data, seed, bank=512, correction="mean", options=x) for x in ({}, now)]
             found += [replace(x, **change) for change in changes for x in here]
+    return found
+
+
+def chosen() -> list[Setting]:
+    """The default: probes about means averaged over two updates, a bank of four; fewer probes."""
+    central: tuple[dict[str, Any], ...] = (
+        {},
+        {"learning_rate": 2e-5},
+        {"epochs": 1},
+        {"epochs": 1, "updates": 40},
+    )
+    others: tuple[dict[str, Any], ...] = (
+        {"epochs": 10},
+        {"layers": 6},
+        {"towers": "shared"},
+        {"row_weighting": "all"},
+        *DRIFTING,
+    )
+    found = []
+    for seed in (1, 2, 3, 4, 5):
+        here = [
+            Setting(data, seed, bank=bank, correction="follow-mean", options=options)
+            for data in DATA
+            for bank, options in (
+                (512, CHOSEN),
+                (512, CHOSEN | {"probes": 32}),
+                (512, CHOSEN | {"probes": 16}),
+                (4096, CHOSEN),
+            )
+        ]
+        default = [x for x in here if x.bank == 512 and x.options == CHOSEN]
+        if seed <= 3:
+            found += [replace(x, **change) for change in others for x in default]
+            found += [replace(x, **change) for change in central[1:] for x in default]
+        found += here if seed <= 2 else default
+        if seed <= 2:
+            found += [replace(x, **change) for change in central[1:] for x in here]
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.drift.default_tables import (
     amounts,
+    chosen,
     default,
     few,
     grown,
@@ -150,6 +151,7 @@ TABLES: dict[str, Callable[[], list[Setting]]] = {
     "grown": grown,
     "amounts": amounts,
     "lags": lags,
+    "chosen": chosen,
 }
 
 
