@@ -44,7 +44,8 @@ class BankState(nn.Module):
     _has_ids: bool | None
     _manual_offsets: bool
     _is_mirror: bool
-    _uses: int  # by one process of several
+    _uses: int  # where there are several processes
+    _next_check: int
 
     def _shapes(self, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         shapes = self.layout.buffers(self.capacity, self.passages_per_query, self.dim, dtype)
@@ -62,15 +63,15 @@ class BankState(nn.Module):
         )
 
     def check_process(self) -> None:
-        """Refuse to hold what another process's bank holds, as far as can be seen.
+        """Refuse to be what another process's bank is copied over, as far as can be seen.
 
-        Not at every use, for it takes its time: at the first, the second, the fourth, ..., since
-        wrappers can be made at any time.
+        At the first use and ever more rarely later, because wrappers can be made at any time.
         """
         if torch.compiler.is_compiling() or not several_processes():
             return
         self._uses += 1
-        if self._uses & (self._uses - 1) == 0:
+        if self._uses == self._next_check:
+            self._next_check *= 8  # a look takes a tenth of a second
             refuse_broadcast(self.cursor)
 
     def pending_rebuild(self, scale: float, window_blocks: int) -> int:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from run_children import FORKSERVER
 
 COUNT = 2
+FORKSERVER.set_forkserver_preload(["contaccum_ext.commands", "tiny_sentence_transformer"])
 LIMIT = timedelta(seconds=60)  # that one process waits for another, which may have failed
 
 

@@ -193,6 +193,8 @@ def test_autocast_around_model_and_loss(start, device):
         ({"bank_size": "large"}, ValueError, "bank_size: expected 'auto' .* got 'large'"),
         ({"bank_size": True}, ValueError, "bank_size: expected 'auto' .* got True"),
         ({"drift": "shift"}, ValueError, "drift: expected one of .* got 'shift'"),
+        ({"drift_decay": 1.0}, ValueError, r"drift_decay: expected None or .* \[0, 1\), got 1.0"),
+        ({"drift_decay": "slow"}, TypeError, "drift_decay: expected a number, got str"),
         ({"row_weighting": 1}, ValueError, "row_weighting: expected one of .* got 1"),
         ({"similarity_fct": euclidean_sim}, ValueError, "similarity_fct: .* got euclidean_sim"),
     ],
