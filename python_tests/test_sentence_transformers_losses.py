@@ -65,10 +65,12 @@ def test_without_a_bank_both_directions_are_theirs_apart(model, kind, negatives)
     assert_same(got, expected)
 
 
-def test_without_a_bank_single_precision_agrees_to_1e_6(start, device):
+@pytest.mark.parametrize("kind", PAIRS)
+def test_without_a_bank_single_precision_agrees_to_1e_6(start, device, kind):
+    theirs, ours, options = PAIRS[kind]
     model = load(start, device).train()
-    expected = step(MultipleNegativesRankingLoss(model), batch(model, 8, 2))
-    got = step(ContAccumLoss(model, bank_size=0), batch(model, 8, 2))
+    expected = step(theirs(model, **options), batch(model, 8, 2))
+    got = step(ours(model, bank_size=0, **options), batch(model, 8, 2))
     assert got[0].dtype == torch.float32
     torch.testing.assert_close(got[0], expected[0], rtol=1e-6, atol=0)
     size = max(gradient.norm() for gradient in expected[1].values())

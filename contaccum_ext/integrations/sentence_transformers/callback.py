@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from contaccum_ext.bank_size import width_warnings
+from contaccum_ext.drift_signs import EVERY
 from contaccum_ext.integrations.sentence_transformers.bank_files import BankFile, raise_together
 from contaccum_ext.integrations.sentence_transformers.memory import BankMemory
 from contaccum_ext.integrations.sentence_transformers.readings import Readings
@@ -34,7 +35,7 @@ class ContAccumCallback(TrainerCallback):
     - Filled slots are in the log, and signs of drift: how the scores of the oldest slots in use
       differ from those of the newest and, with drift="transport", the slots in use and how stale
       they are. Banks too wide for their drift correction are warned of, at the beginning or when
-      the signs say so.
+      the signs say so; they are looked at every tenth update, and with each line of the log.
 
     Args:
         loss: the loss given to the Trainer: one of this package's, a loss around it, or a dict.
@@ -111,6 +112,17 @@ class ContAccumCallback(TrainerCallback):
         banks = {name: memory.state_dict() for name, memory in self.memories.items()}
         _file(args).write(directory, _fingerprint(model), banks)
 
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Look for signs of drift, where the log is written too seldom to tell of them in time."""
+        if state.global_step % EVERY == 0 and not control.should_log:  # the log looks by itself
+            self._say(args, self._readings.take()[1])
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -125,8 +137,11 @@ class ContAccumCallback(TrainerCallback):
         values, said = self._readings.take()
         for name, value in values.items():
             logs[name] = state.log_history[-1][name] = value
-        for message in said:
-            whose = f"process {args.process_index}: " if args.world_size > 1 else ""
+        self._say(args, said)
+
+    def _say(self, args: TrainingArguments, messages: list[str]) -> None:
+        whose = f"process {args.process_index}: " if args.world_size > 1 else ""
+        for message in messages:
             logger.warning(f"{whose}{message}")
 
     def _have_banks(self) -> bool:
