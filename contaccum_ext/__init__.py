@@ -6,6 +6,7 @@ from contaccum_ext.bank_size import mean_decay
 from contaccum_ext.functional import contaccum_loss
 from contaccum_ext.layout import BankLayout
 from contaccum_ext.losses import ContAccumLoss
+from contaccum_ext.processes import keep_banks_from_ddp
 from contaccum_ext.transport import BankTransport, transport
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "ContAccumLoss",
     "DualMemoryBank",
     "contaccum_loss",
+    "keep_banks_from_ddp",
     "mean_decay",
     "reference",
     "transport",

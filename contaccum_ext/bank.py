@@ -77,6 +77,7 @@ class DualMemoryBank(BankState):
         self.learn_temperature = validation.instance("learn_temperature", learn_temperature, bool)
         self._window: int | None = None
         self._is_mirror = False
+        self._uses, self._next_check = 0, 1
         self.mirror = None
         if validation.instance("symmetric", symmetric, bool):
             learn, same = learn_temperature, (dtype, device, drift, drift_decay, layout)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from contaccum_ext import ops
 from contaccum_ext.layout import BankLayout, accumulation_dtype
+from contaccum_ext.processes import refuse_broadcast, several_processes
 
 if TYPE_CHECKING:
     from contaccum_ext.bank import DualMemoryBank
@@ -43,6 +44,8 @@ class BankState(nn.Module):
     _has_ids: bool | None
     _manual_offsets: bool
     _is_mirror: bool
+    _uses: int  # where there are several processes
+    _next_check: int
 
     def _shapes(self, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         shapes = self.layout.buffers(self.capacity, self.passages_per_query, self.dim, dtype)
@@ -64,6 +67,18 @@ class BankState(nn.Module):
             *(b["bank_queries"], b["bank_passages"], b["bank_ids"], b["cursor"]),
             *(b["block_lse"], b["group_lse"], b["row_state"], b["means"], b.get("expected")),
         )
+
+    def check_process(self) -> None:
+        """Refuse to be what another process's bank is copied over, as far as can be seen.
+
+        At the first use and ever more rarely later, because wrappers can be made at any time.
+        """
+        if torch.compiler.is_compiling() or not several_processes():
+            return
+        self._uses += 1
+        if self._uses == self._next_check:
+            self._next_check *= 8  # a look takes a tenth of a second
+            refuse_broadcast(self.cursor)
 
     def pending_rebuild(self, scale: float, window_blocks: int) -> int:
         """What of the table does not fit this scale or window."""

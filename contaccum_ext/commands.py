@@ -36,7 +36,11 @@ from contaccum_ext.training.checkpoint import standing
 from contaccum_ext.training.comparison import compare, dense_run
 from contaccum_ext.training.config import parse_assignments, read_yaml
 from contaccum_ext.training.encoder import load_tokenizer
-from contaccum_ext.training.run_directory import load_resumable, refuse_difference
+from contaccum_ext.training.run_directory import (
+    load_resumable,
+    refuse_difference,
+    refuse_several_processes,
+)
 from contaccum_ext.training.scratch import ScratchConfig, write_scratch_encoder
 from contaccum_ext.training.trainer import resolve_device
 
@@ -59,6 +63,7 @@ class UsageError(ValueError):
 def demo(options: argparse.Namespace) -> None:
     """Train with several methods on equal terms, compare them and write the report."""
     begin = time.perf_counter()
+    refuse_several_processes()
     for method in options.methods:
         if method not in METHODS:
             raise UsageError(f"--methods: expected some of {', '.join(METHODS)}, got {method!r}")
@@ -93,6 +98,7 @@ def demo(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Train one retriever, or go on training it."""
+    refuse_several_processes()
     config = _settings(options)
     run = RunDirectory(options.output)
     with ExitStack() as stack:

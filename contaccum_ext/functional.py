@@ -241,6 +241,7 @@ def _check_arguments(queries, passages, bank, passage_ids) -> None:
     """What the op cannot say as well: kinds of object, devices, ids given sometimes."""
     if bank is not None:
         validation.instance("bank", bank, DualMemoryBank)
+        bank.check_process()
     validation.instance("queries", queries, Tensor)
     device = queries.device if bank is None else bank.device
     _check_tensor("queries", queries, device)

@@ -116,6 +116,29 @@ def test_a_run_is_resumed_where_it_trains(two_layers, tmp_path, device, kind):
             assert ours[name].staleness[shape].staleness == pytest.approx(slots.staleness, rel=0.05)
 
 
+@pytest.mark.parametrize("drift", SETTINGS)
+def test_the_trainer_trains_in_fp16(two_layers, tmp_path, device, drift):
+    """On a GPU with a loss scale that is found by overflows; their batches are banked."""
+    run = trainer(
+        two_layers,
+        tmp_path,
+        lambda m: ContAccumLoss(m, **SETTINGS[drift]),
+        data=dataset(80, 1),
+        device=device,
+        fp16=True,
+        max_steps=3 * STEPS,
+        save_strategy="no",
+    )
+    run.train()
+    lines = [line for line in run.state.log_history if "loss" in line]
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert 0 < lines[-1]["grad_norm"] < math.inf
+    bank = memory(run).banks["16x2"]
+    assert (bank.cursor.device.type, bank.dtype, len(bank)) == (device, torch.float32, 40)
+    assert all(value.isfinite().all() for value in (bank.queries(), bank.passages()))
+    assert all(value.isfinite().all() for value in run.model.parameters())
+
+
 def test_banks_follow_a_model_to_another_device(start, device):
     model = load(start).double().train()
     loss = ContAccumLoss(model, **SETTINGS["transport"])

@@ -201,6 +201,25 @@ def test_a_sign_that_stays_is_warned_of_once(start, tmp_path, caplog, monkeypatc
     assert said.endswith("lower learning_rate or bank_size, or set drift=transport")
 
 
+@pytest.mark.parametrize(
+    ("logging", "steps", "looks", "said"),
+    [(500, 29, 2, 0), (500, 30, 3, 1), (10, 30, 3, 1), (15, 30, 4, 1)],
+)
+def test_a_log_that_is_seldom_written_is_not_waited_for(
+    start, tmp_path, caplog, monkeypatch, logging, steps, looks, said
+):
+    """Every tenth update is looked at, and no moment twice; by default the log has every 500th."""
+    found = []
+    monkeypatch.setattr(
+        readings, "score_shift", lambda *_: found.append(1) or ScoreShift(-1.0, 1.0)
+    )
+    make_loss = lambda m: ContAccumLoss(m, bank_size=64)  # noqa: E731
+    options = {"logging_steps": logging, "max_steps": steps, "save_strategy": "no"}
+    trainer(start, tmp_path, make_loss, **options).train()
+    assert len(found) == looks
+    assert sum("looks in a row" in message for message in caplog.messages) == said
+
+
 @pytest.mark.parametrize("limit", [0, -0.5, "0.3"])
 def test_a_limit_that_is_none_is_refused_by_name(model, limit):
     with pytest.raises((ValueError, TypeError), match="drift_limit: expected"):

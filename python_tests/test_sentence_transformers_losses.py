@@ -65,10 +65,12 @@ def test_without_a_bank_both_directions_are_theirs_apart(model, kind, negatives)
     assert_same(got, expected)
 
 
-def test_without_a_bank_single_precision_agrees_to_1e_6(start, device):
+@pytest.mark.parametrize("kind", PAIRS)
+def test_without_a_bank_single_precision_agrees_to_1e_6(start, device, kind):
+    theirs, ours, options = PAIRS[kind]
     model = load(start, device).train()
-    expected = step(MultipleNegativesRankingLoss(model), batch(model, 8, 2))
-    got = step(ContAccumLoss(model, bank_size=0), batch(model, 8, 2))
+    expected = step(theirs(model, **options), batch(model, 8, 2))
+    got = step(ours(model, bank_size=0, **options), batch(model, 8, 2))
     assert got[0].dtype == torch.float32
     torch.testing.assert_close(got[0], expected[0], rtol=1e-6, atol=0)
     size = max(gradient.norm() for gradient in expected[1].values())
@@ -193,6 +195,8 @@ def test_autocast_around_model_and_loss(start, device):
         ({"bank_size": "large"}, ValueError, "bank_size: expected 'auto' .* got 'large'"),
         ({"bank_size": True}, ValueError, "bank_size: expected 'auto' .* got True"),
         ({"drift": "shift"}, ValueError, "drift: expected one of .* got 'shift'"),
+        ({"drift_decay": 1.0}, ValueError, r"drift_decay: expected None or .* \[0, 1\), got 1.0"),
+        ({"drift_decay": "slow"}, TypeError, "drift_decay: expected a number, got str"),
         ({"row_weighting": 1}, ValueError, "row_weighting: expected one of .* got 1"),
         ({"similarity_fct": euclidean_sim}, ValueError, "similarity_fct: .* got euclidean_sim"),
     ],

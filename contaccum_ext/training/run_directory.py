@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+import torch
+
 from contaccum_ext.files import replace_file
+from contaccum_ext.processes import several_processes
 from contaccum_ext.training.checkpoint import (
     SETTINGS_FILE,
     STATE_FILE,
@@ -41,7 +45,24 @@ FREE_SETTINGS = ("checkpoint_every", "keep_checkpoints", "tensorboard")
 
 
 class RunError(ValueError):
-    """A run directory that cannot be used as asked; the message is one line."""
+    """A run, or a directory for it, that cannot be had as asked; the message is one line."""
+
+
+def refuse_several_processes() -> None:
+    """Refuse to train once in each of several processes, as torchrun would start them.
+
+    Raises:
+        RunError: there are several.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if several_processes():
+        count = str(torch.distributed.get_world_size())
+    if count not in ("", "0", "1"):
+        raise RunError(
+            f"WORLD_SIZE: expected 1, since this trainer runs in one process, got {count}: each "
+            f"would train a copy; start it without torchrun, or unset the variable. "
+            f"SentenceTransformerTrainer with ContAccumLoss trains in several"
+        )
 
 
 class RunDirectory:

@@ -30,7 +30,7 @@ from contaccum_ext.training.optimization import (
 from contaccum_ext.training.precision import autocast_dtype, gradient_scaler
 from contaccum_ext.training.probes import Probes
 from contaccum_ext.training.random_state import random_state, seed_everything, set_random_state
-from contaccum_ext.training.run_directory import RunDirectory
+from contaccum_ext.training.run_directory import RunDirectory, refuse_several_processes
 from contaccum_ext.training.run_log import RunLog
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Trainer:
     Raises:
         TrainingDataError: the data set does not fit the settings.
         EncoderError: the model cannot do what the settings ask for.
+        RunError: there are several processes, by ``torch.distributed`` or by ``WORLD_SIZE``.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Trainer:
         config: TrainConfig,
         output: str | Path,
     ) -> None:
+        refuse_several_processes()
         seed_everything(config.seed)
         self.device = resolve_device(config.device)
         self.model = model.to(self.device)

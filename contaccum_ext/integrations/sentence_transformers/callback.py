@@ -7,33 +7,35 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from contaccum_ext.bank_size import width_warnings
-from contaccum_ext.files import replace_file
+from contaccum_ext.drift_signs import EVERY
+from contaccum_ext.integrations.sentence_transformers.bank_files import BankFile, raise_together
 from contaccum_ext.integrations.sentence_transformers.memory import BankMemory
 from contaccum_ext.integrations.sentence_transformers.readings import Readings
 from contaccum_ext.integrations.sentence_transformers.weights import fingerprint
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
-
 
 class ContAccumCallback(TrainerCallback):
     """Makes the banks of a loss part of the training state.
 
-    - A run begins with empty banks; those of size "auto" learn how large an update is, and with
-      drift="auto" which correction suits their age.
+    - A run begins with empty banks; those of size "auto" learn how large an update is, with
+      drift="auto" which correction suits their age, and without drift_decay which one suits the
+      number of batches in an update (`contaccum_ext.mean_decay`).
     - Each checkpoint gets the banks, in a file that is complete or not there. Resuming from it
       restores them, and training goes on as if it had never stopped.
+    - Of several processes each has banks of the rows that it has seen, and a file of its own. As
+      many processes must resume; what is wrong in one of them is raised in all.
     - Filled slots are in the log, and signs of drift: how the scores of the oldest slots in use
       differ from those of the newest and, with drift="transport", the slots in use and how stale
       they are. Banks too wide for their drift correction are warned of, at the beginning or when
-      the signs say so.
+      the signs say so; they are looked at every tenth update, and with each line of the log.
 
     Args:
         loss: the loss given to the Trainer: one of this package's, a loss around it, or a dict.
@@ -44,7 +46,7 @@ class ContAccumCallback(TrainerCallback):
     Raises:
         ValueError: the loss has no banks.
         RuntimeError: when training begins, the checkpoint has no banks, or those of other weights,
-            or of a loss with other settings.
+            of another number of processes, or of a loss with other settings.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class ContAccumCallback(TrainerCallback):
     ) -> None:
         self.resume = resume
         self.memories = _memories(loss)
+        self._drawn = {name: _drawn(loss, memory) for name, memory in self.memories.items()}
         self._readings = Readings(self.memories)
         if not self.memories:
             raise ValueError(
@@ -71,14 +74,23 @@ class ContAccumCallback(TrainerCallback):
         """Empty the banks and size them, or restore them."""
         # A search for the batch size that fits in memory leaves its result in the state.
         batch = state.train_batch_size if args.auto_find_batch_size else args.train_batch_size
-        update_size = (batch or args.train_batch_size) * args.gradient_accumulation_steps
-        for memory in self.memories.values():
-            memory.begin_run(update_size, _length(train_dataloader))
+        batch = batch or args.train_batch_size
+        if getattr(args.accelerator_config, "split_batches", False):
+            batch //= args.world_size
+        update_size = batch * args.gradient_accumulation_steps
+        rows, datasets = _training_set(train_dataloader)
+        share = None if rows is None else -(-rows // args.world_size)
+        for name, memory in self.memories.items():
+            # Fewer than there are is the safe side: means that lag too much do harm.
+            batches = args.gradient_accumulation_steps * self._drawn[name] / datasets
+            memory.begin_run(update_size, share, max(1, int(batches)))
         self._readings.begin_run(update_size)
-        self._warn(update_size)
+        if args.process_index == 0:
+            self._warn(update_size)
         if state.global_step and self.resume is not None and self._have_banks():
             assert model is not None  # the Trainer gives it
-            self._restore(self._candidates(args, state), state.global_step, model)
+            candidates = self._candidates(args, state)
+            raise_together(self._restore(_file(args), candidates, state.global_step, model))
 
     def on_save(
         self,
@@ -97,12 +109,19 @@ class ContAccumCallback(TrainerCallback):
             logger.warning(f"{directory} does not exist: the banks are not saved")
             return
         assert model is not None  # the Trainer gives it
-        content = {
-            "format": _FORMAT,
-            "weights": _fingerprint(model),
-            "banks": {name: memory.state_dict() for name, memory in self.memories.items()},
-        }
-        replace_file(directory / _file_name(args), lambda file: torch.save(content, file))
+        banks = {name: memory.state_dict() for name, memory in self.memories.items()}
+        _file(args).write(directory, _fingerprint(model), banks)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Look for signs of drift, where the log is written too seldom to tell of them in time."""
+        if state.global_step % EVERY == 0 and not control.should_log:  # the log looks by itself
+            self._say(args, self._readings.take()[1])
 
     def on_log(
         self,
@@ -118,8 +137,12 @@ class ContAccumCallback(TrainerCallback):
         values, said = self._readings.take()
         for name, value in values.items():
             logs[name] = state.log_history[-1][name] = value
-        for message in said:
-            logger.warning(message)
+        self._say(args, said)
+
+    def _say(self, args: TrainingArguments, messages: list[str]) -> None:
+        whose = f"process {args.process_index}: " if args.world_size > 1 else ""
+        for message in messages:
+            logger.warning(f"{whose}{message}")
 
     def _have_banks(self) -> bool:
         return any(memory.capacity for memory in self.memories.values())
@@ -131,47 +154,40 @@ class ContAccumCallback(TrainerCallback):
                     logger.warning(message)
 
     def _candidates(self, args: TrainingArguments, state: TrainerState) -> list[Path]:
-        """Files that may hold the banks. The Trainer does not tell where it has resumed from."""
+        """Directories that may hold the banks. The Trainer does not tell where it resumed from."""
         if self.resume != "auto":
-            return [Path(str(self.resume)) / _file_name(args)]
+            return [Path(str(self.resume))]
         directories = [_checkpoint(args, state)]
         if args.resume_from_checkpoint:
             directories.append(Path(args.resume_from_checkpoint))
-        return [directory / _file_name(args) for directory in directories]
+        return directories
 
-    def _restore(self, candidates: list[Path], step: int, model: nn.Module) -> None:
+    def _restore(
+        self, file: BankFile, candidates: list[Path], step: int, model: nn.Module
+    ) -> str | None:
+        """Fill the banks from the first of the directories that has them; or why that failed."""
         weights, reasons = _fingerprint(model), []
-        for path in candidates:
-            if not path.is_file():
-                reasons.append(f"{path}: no such file")
-                continue
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            if content.get("format") != _FORMAT:
-                reasons.append(f"{path}: expected format {_FORMAT}, got {content.get('format')}")
-            elif content["weights"] != weights:
-                reasons.append(f"{path}: saved with other weights than those resumed from")
-            else:
-                self._load(path, content["banks"])
-                return
-        raise RuntimeError(
+        for directory in candidates:
+            found = file.read(directory, weights)
+            if not isinstance(found, str):
+                return self._load(directory / file.name, found)
+            reasons.append(found)
+        return (
             f"resume: the run goes on from step {step}, but its banks were not found "
             f"({'; '.join(reasons)}). Give ContAccumCallback the checkpoint's directory as "
             f"`resume`, or resume=None to go on with empty banks."
         )
 
-    def _load(self, path: Path, banks: dict[str, dict[str, Any]]) -> None:
+    def _load(self, path: Path, banks: dict[str, dict[str, Any]]) -> str | None:
         if banks.keys() != self.memories.keys():
-            raise RuntimeError(
-                f"{path}: expected the banks of {sorted(self.memories)}, got {sorted(banks)}"
-            )
+            return f"{path}: expected the banks of {sorted(self.memories)}, got {sorted(banks)}"
         for name, memory in self.memories.items():
             try:
                 memory.load_state_dict(banks[name])
             except RuntimeError as error:
-                raise RuntimeError(
-                    f"{path}: the banks were saved with other settings than this run's: {error}"
-                ) from None
+                return f"{path}: the banks were saved with other settings than this run's: {error}"
             logger.info(f"Banks restored from {path}: {memory.filled()} slots filled")
+        return None
 
 
 def _memories(loss: nn.Module | Mapping[str, nn.Module]) -> dict[str, BankMemory]:
@@ -185,22 +201,33 @@ def _memories(loss: nn.Module | Mapping[str, nn.Module]) -> dict[str, BankMemory
     }
 
 
-def _length(dataloader: DataLoader | None) -> int | None:
-    """Rows of the training set; None where nobody knows."""
+def _drawn(loss: nn.Module | Mapping[str, nn.Module], memory: BankMemory) -> float:
+    """The part of a loss's batches that each bank of a memory sees: sizes may be drawn by lot."""
+    part = 1.0
+    for one in loss.values() if isinstance(loss, Mapping) else [loss]:
+        for outer in one.modules():
+            if isinstance(outer, MatryoshkaLoss) and any(m is memory for m in outer.modules()):
+                sizes, drawn = len(outer.matryoshka_dims), outer.n_dims_per_step
+                part *= drawn / sizes if 0 < drawn < sizes else 1
+    return part
+
+
+def _training_set(dataloader: DataLoader | None) -> tuple[int | None, int]:
+    """Rows, None where nobody knows, and how many data sets they come from."""
+    dataset = getattr(dataloader, "dataset", None)
     try:
-        return len(dataloader.dataset)  # type: ignore[union-attr, arg-type]
-    except (AttributeError, TypeError):
-        return None
+        rows = len(dataset)  # type: ignore[arg-type]
+    except TypeError:
+        rows = None
+    return rows, len(dataset.datasets) if isinstance(dataset, ConcatDataset) else 1
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
 
 
-def _file_name(args: TrainingArguments) -> str:
-    """Every process has banks of its own."""
-    rank = f"_{args.process_index}" if args.world_size > 1 else ""
-    return f"contaccum_banks{rank}.pt"
+def _file(args: TrainingArguments) -> BankFile:
+    return BankFile(args.process_index, args.world_size)
 
 
 def _fingerprint(model: nn.Module) -> int:

@@ -162,6 +162,9 @@ class ContAccumLoss(_Banked, MultipleNegativesRankingLoss):
             these have moved, about running means; "none" leaves them as they are. "auto" (default)
             is "mean" up to eight updates' worth of slots and "transport" beyond; without
             ``ContAccumCallback``, which knows how large an update is, it is "mean".
+        drift_decay (float | None): of the running means, per batch. None (default) lets
+            ``ContAccumCallback`` choose by the batches in an update, with
+            ``contaccum_ext.mean_decay``; without it they lag by one batch.
         row_weighting (str): "local" (default) weights every row 1/n, "all" 1/(n + filled slots) as
             in the paper.
         symmetric (bool): the mean of this loss and of that with positives for rows and anchors for
@@ -227,8 +230,9 @@ class CachedContAccumLoss(_Banked, CachedMultipleNegativesRankingLoss):
         scale: similarities are multiplied by it; 1 / temperature.
         similarity_fct: ``cos_sim`` or ``dot_score`` of ``sentence_transformers.util``.
         mini_batch_size: rows encoded at a time.
-        banks: settings of the banks, by name: bank_size, drift, row_weighting, symmetric,
-            mask_duplicates, drift_probes, drift_ridge and drift_limit, as in ContAccumLoss.
+        banks: settings of the banks, by name: bank_size, drift, drift_decay, row_weighting,
+            symmetric, mask_duplicates, drift_probes, drift_ridge and drift_limit, as in
+            ContAccumLoss.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.

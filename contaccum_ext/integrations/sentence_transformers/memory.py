@@ -20,9 +20,9 @@ from contaccum_ext.transport import transport_slots
 
 logger = logging.getLogger(__name__)
 
-# Of running means, per batch. How many batches make an update may not be known; means that lag by
-# more than an update do harm, less smooth ones do not (docs/drift.md). These lag by one batch, and
-# those that probes predict are averages over little more than two.
+# Of running means, per batch, as long as nobody says how many batches make an update: means that
+# lag by more than an update do harm, less smooth ones do not (docs/drift.md). These lag by one
+# batch, and those that probes predict are averages over little more than two.
 MEAN_DECAY, PREDICTED_MEAN_DECAY = 0.5, mean_decay(1, predicted=True)
 UNKNOWN_RUN_SLOTS = 1024  # of an automatic bank as long as nobody says how large an update is
 
@@ -42,18 +42,23 @@ class BankMemory(nn.Module):
         self.staleness: dict[str, SlotStaleness] = {}  # of transported banks
         self._update_size: int | None = None
         self._training_queries: int | None = None
+        self._micro_batches: int | None = None
         self.probes = self._new_probes()
 
-    def begin_run(self, update_size: int, training_queries: int | None) -> None:
+    def begin_run(
+        self, update_size: int, training_queries: int | None, micro_batches: int | None = None
+    ) -> None:
         """Forget everything; what is automatic follows from these numbers.
 
         Args:
             update_size: examples that this process contributes to an optimizer update.
-            training_queries: rows of the training set; None if unknown.
+            training_queries: rows of the training set that it sees; None if unknown.
+            micro_batches: how many batches of an update each bank sees; None if unknown.
         """
         self.banks.clear()
         self.staleness.clear()
         self._update_size, self._training_queries = update_size, training_queries
+        self._micro_batches = micro_batches
         self.probes = self._new_probes()
 
     def _new_probes(self) -> Probes | None:
@@ -77,6 +82,16 @@ class BankMemory(nn.Module):
         if self._update_size is None:
             return "mean"
         return auto_drift(self.capacity, self._update_size)
+
+    @property
+    def drift_decay(self) -> float:
+        """Decay per batch of the running means of banks made from now on."""
+        if self.settings.drift_decay is not None:
+            return self.settings.drift_decay
+        predicted = self.probes is not None
+        if self._micro_batches is None:
+            return PREDICTED_MEAN_DECAY if predicted else MEAN_DECAY
+        return mean_decay(self._micro_batches, predicted)
 
     def forward(
         self,
@@ -166,15 +181,14 @@ class BankMemory(nn.Module):
     def _add_bank(self, name: str, like: Tensor) -> None:
         """An empty bank for passages such as these (rows, m, d)."""
         _, m, dim = like.shape
-        follows = self.probes is not None
         bank = DualMemoryBank(
             self.capacity,
             dim,
             m,
             like.dtype,
             like.device,
-            drift="mean" if follows else self.drift,
-            drift_decay=PREDICTED_MEAN_DECAY if follows else MEAN_DECAY,
+            drift="mean" if self.probes is not None else self.drift,
+            drift_decay=self.drift_decay,
             symmetric=self.settings.symmetric,
         )
         self.banks[name] = bank
@@ -202,6 +216,8 @@ class BankMemory(nn.Module):
             "normalize": settings.normalize,
             "symmetric": settings.symmetric,
         }
+        if self.drift != "none":
+            identity["drift_decay"] = self.drift_decay
         return identity if self.probes is None else identity | {"drift_probes": self.probes.count}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -215,9 +231,9 @@ class BankMemory(nn.Module):
         """Refuse the banks of another setting, then make those that are to be filled."""
         here, stored = self._identity(), state_dict.get(f"{prefix}_extra_state")
         hints = {
-            name: "; 'auto' is settled when ContAccumCallback begins a run"
-            for name in ("bank_size", "drift")
-            if getattr(self.settings, name) == "auto"
+            name: f"; {chosen!r} is settled when ContAccumCallback begins a run"
+            for name in ("bank_size", "drift", "drift_decay")
+            if (chosen := getattr(self.settings, name)) in ("auto", None)
         }
         differences = [
             f"{prefix}{name}: expected {value!r}, got {stored.get(name)!r}{hints.get(name, '')}"

@@ -13,6 +13,7 @@ class BankOptions(TypedDict, total=False):
 
     bank_size: int | str
     drift: str
+    drift_decay: float | None
     row_weighting: str
     symmetric: bool
     mask_duplicates: bool
@@ -32,6 +33,7 @@ class BankSettings:
     normalize: bool  # cosine scores
     bank_size: int | str = "auto"  # slots; 0 for no bank; "auto"
     drift: str = "auto"  # "mean", "transport", "none", or "auto": by the age of the bank
+    drift_decay: float | None = None  # of running means, per batch; None: by batches per update
     row_weighting: str = "local"  # "local" or "all"
     symmetric: bool = False  # half of the loss has passages for rows and anchors for columns
     mask_duplicates: bool = True
@@ -45,6 +47,10 @@ class BankSettings:
         if size != "auto" and not number:
             raise ValueError(f"bank_size: expected 'auto' or a number of slots >= 0, got {size!r}")
         validation.choice("drift", self.drift, ("auto", "mean", "transport", "none"))
+        if self.drift_decay is not None:
+            decay = validation.number("drift_decay", self.drift_decay)
+            if not 0 <= decay < 1:
+                raise ValueError(f"drift_decay: expected None or a number in [0, 1), got {decay}")
         validation.choice("row_weighting", self.row_weighting, ("local", "all"))
         validation.instance("symmetric", self.symmetric, bool)
         validation.count("drift_probes", self.drift_probes)
