@@ -29,7 +29,8 @@ class DualMemoryBank(BankState):
         device: where the buffers live.
         drift: "none", or "mean": correct old representations by the shift of their mean.
         drift_decay: decay per micro-batch of the running means that "mean" keeps; 0.9 suits 16
-            micro-batches an update, `mean_decay` says what suits others: means must not lag.
+            micro-batches an update, `mean_decay` says what suits others: means must not lag, and
+            in updates of fewer than eight `anticipate` each batch.
         layout: how slots are grouped; the default suits the capacity.
         learn_temperature: keep what the gradient of a temperature needs, a second table as large
             as the first.
@@ -186,6 +187,32 @@ class DualMemoryBank(BankState):
         self._manual_offsets = True
         if self.mirror is not None:
             self.mirror.set_offsets(passage_offsets[:, 0], query_offsets[:, None])
+
+    @torch.no_grad()
+    def anticipate(self, queries: Tensor, passages: Tensor) -> None:
+        """Move the running means of ``drift="mean"`` toward a batch before its own loss.
+
+        The loss moves them only afterwards. Where an update has one batch or a few they are then
+        those of the weights before the last step, and a model learns to tell age by the difference
+        (docs/drift.md). Not needed where `transport` moves the means. Nothing waits for the device;
+        a batch that is not finite moves nothing.
+
+        Args:
+            queries: (n, d) floating.
+            passages: (n, m, d) or (n, d) floating.
+
+        Raises:
+            ValueError: the bank keeps no running means.
+        """
+        if self.drift != "mean":
+            raise ValueError(f"drift: expected 'mean' to have running means, got {self.drift!r}")
+        columns = passages.unsqueeze(1) if passages.dim() == 2 else passages
+        batch = torch.cat([queries.unsqueeze(1), columns], 1).to(self.dtype).to(self.means).mean(0)
+        keep = self.drift_decay * (self.cursor[1] > 0).to(batch)
+        moved = keep * self.means[0] + (1 - keep) * batch
+        self.means[0] = torch.where(batch.isfinite().all(), moved, self.means[0])
+        if self.mirror is not None:
+            self.mirror.means[0] = self.means[0, :2].flip(0)
 
     @property
     def window(self) -> int:

@@ -6,21 +6,26 @@ updates holds vectors of models up to u steps old, whatever its number of slots.
 
 from __future__ import annotations
 
-AUTO_BANK_UPDATES = 8
-WIDEST_CORRECTED_BANK_UPDATES = 16
+# An automatic bank has the first number of updates, and the mean's shift corrects banks up to the
+# second; larger ones follow the encoder by probes. Where an update has few queries, encoding probes
+# after it costs more than they gain.
+AUTO_UPDATES = (4, 2)
+AUTO_SMALL_UPDATES = (8, 8)
+SMALL_UPDATE = 64  # queries; what has fewer is small
+WIDEST_CORRECTED_BANK_UPDATES = 8
 WIDEST_PLAIN_BANK_UPDATES = 2
 # No limit has been found; docs/drift.md says how wide the banks were that have been measured.
 WIDEST_TRANSPORTED_BANK_UPDATES = 128
 
 
 def auto_bank_size(update_size: int, training_queries: int | None = None) -> int:
-    """Slots of an automatic bank: eight updates' worth, at most one for each training query.
+    """Slots of an automatic bank: four updates' worth, eight of small ones, at most a slot a query.
 
     Args:
         update_size: examples per optimizer update, n * K.
         training_queries: size of the training set; None if unknown.
     """
-    slots = AUTO_BANK_UPDATES * update_size
+    slots = _auto(update_size)[0] * update_size
     return slots if training_queries is None else min(slots, training_queries)
 
 
@@ -29,8 +34,7 @@ def mean_decay(micro_batches: int, predicted: bool = False) -> float:
 
     They lag by decay / (1 - decay) micro-batches, and a mean that lags by more than about an update
     is itself what a model learns to tell age by (docs/drift.md): so the lag is 9/16 of an update.
-    Where `BankTransport` moves the means too they do not lag, and may be averages over more: nine
-    micro-batches, but at most 9/4 updates.
+    Where `BankTransport` moves the means too they do not lag, and are averages over two updates.
 
     Args:
         micro_batches: (count) scored against the bank in an optimizer update, K.
@@ -39,20 +43,33 @@ def mean_decay(micro_batches: int, predicted: bool = False) -> float:
     Returns:
         (number) for ``DualMemoryBank(drift_decay=...)``.
     """
-    average = 9 / 16 * micro_batches
-    if predicted:
-        average = max(average, min(9.0, 9 / 4 * micro_batches))
+    average = (2 if predicted else 9 / 16) * micro_batches
     return average / (1 + average)
 
 
+def anticipates(micro_batches: int | None) -> bool:
+    """Whether running means that nothing predicts must see a batch before its own loss does.
+
+    In an update of few batches, or of one, means that wait for it lag by a good part of the update.
+
+    Args:
+        micro_batches: (count) scored against the bank in an optimizer update, K; None if unknown.
+    """
+    return micro_batches is None or micro_batches < 8
+
+
 def auto_drift(capacity: int, update_size: int) -> str:
-    """The correction that suits a bank: "mean" for some updates' worth of slots, else "transport".
+    """The correction that suits a bank: "mean" for a few updates' worth of slots, else "transport".
 
     Args:
         capacity: slots of the bank.
         update_size: examples per optimizer update, n * K.
     """
-    return "mean" if capacity <= AUTO_BANK_UPDATES * update_size else "transport"
+    return "mean" if capacity <= _auto(update_size)[1] * update_size else "transport"
+
+
+def _auto(update_size: int) -> tuple[int, int]:
+    return AUTO_SMALL_UPDATES if update_size < SMALL_UPDATE else AUTO_UPDATES
 
 
 def width_warnings(capacity: int, update_size: int, drift: str) -> list[str]:
@@ -69,7 +86,7 @@ def width_warnings(capacity: int, update_size: int, drift: str) -> list[str]:
         return [
             f"{age} with drift=none: the model can lower its loss by moving new vectors away from "
             f"old ones instead of learning content, and retrieval quality may collapse; set "
-            f"drift=mean, or bank_size to at most {WIDEST_PLAIN_BANK_UPDATES * update_size}"
+            f"drift=auto, or bank_size to at most {WIDEST_PLAIN_BANK_UPDATES * update_size}"
         ]
     if drift == "transport":
         if updates <= WIDEST_TRANSPORTED_BANK_UPDATES:
@@ -83,6 +100,6 @@ def width_warnings(capacity: int, update_size: int, drift: str) -> list[str]:
             f"{age}: drift=mean corrects the shift of the mean only, and over so many updates the "
             f"rest of the drift costs retrieval quality; set drift=transport, or bank_size to at "
             f"most {WIDEST_CORRECTED_BANK_UPDATES * update_size} "
-            f"(auto uses {AUTO_BANK_UPDATES * update_size}), or lower learning_rate"
+            f"(auto uses {auto_bank_size(update_size)}), or lower learning_rate"
         ]
     return []

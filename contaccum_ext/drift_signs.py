@@ -96,7 +96,7 @@ class DriftWatch:
         self._above = self._above + 1 if shift is not None and shift.size > WARNING else 0
         if shift is None or self._above < LOOKS:
             return []
-        other = {"none": ", or set drift=mean", "mean": ", or set drift=transport"}
+        other = {"none": ", or set drift=auto", "mean": ", or set drift=transport"}
         return self._once(
             "scores",
             f"{LOOKS} looks in a row have found old banked passages scored unlike new ones (gap "

@@ -31,8 +31,7 @@ class _Slot:
 class DualMemoryBank:
     """The bank as a Python list: newest slot last, oldest slot dropped. No ring, no table.
 
-    It has the part of `contaccum_ext.DualMemoryBank` that `contaccum_loss` reads, so that a test
-    can run both side by side. Nothing is checked.
+    The part of `contaccum_ext.DualMemoryBank` that `contaccum_loss` reads. Nothing is checked.
 
     Args:
         capacity: slots C.
@@ -41,8 +40,7 @@ class DualMemoryBank:
         dtype: what representations are rounded to on entry.
         drift: "none" or "mean".
         drift_decay: decay per micro-batch of the running means.
-        layout: its offset_block says which slots share a mean, its block what a window is rounded
-            to; the default suits the capacity.
+        layout: offset_block slots share a mean, block is what a window is rounded to.
 
     Source: ContAccum, arXiv 2406.12356, section 3.1; window and drift are this project's.
     """
@@ -118,6 +116,12 @@ class DualMemoryBank:
             offset = torch.cat([query_offsets[block : block + 1], passage_offsets[block]])
             self.block_means[lap, block] = (count, self.mean - offset.to(self.mean.dtype))
 
+    def anticipate(self, queries: Tensor, passages: Tensor) -> None:
+        """Move the running means toward queries (n, d) and passages (n, m, d) of a batch."""
+        batch = torch.cat([queries[:, None], passages], 1).detach().to(self.dtype)
+        keep = self.drift_decay if self.slots else 0.0
+        self.mean = keep * self.mean + (1 - keep) * batch.to(self.mean.dtype).mean(0)
+
     def transport(self, old: Tensor, new: Tensor, kind: str, ridge: float, normalize: bool) -> None:
         """Move banked vectors as probes have moved; with drift="mean" about their running means.
 
@@ -126,8 +130,7 @@ class DualMemoryBank:
             new: (R, d) the same probes after it.
             kind: "queries" or "passages": what they are, and what is moved.
             ridge: in units of the mean eigenvalue of the probes' Gram matrix.
-            normalize: bring moved vectors to length 1; with drift="mean" to where their running
-                mean is now, and otherwise leave them about the means they were enqueued at.
+            normalize: bring moved vectors to length 1; with drift="mean" they are left as they are.
         """
         old, new = old.double(), new.double()
         spread, moved = old - old.mean(0), new - old
@@ -145,7 +148,7 @@ class DualMemoryBank:
             if self.drift == "mean":
                 then = self.block_means[slot.generation][1][part].double()
                 rest = v.double() - then
-                there = (mean if normalize else then) + rest + rest @ slope
+                there = mean + rest + rest @ slope
             else:
                 there = image(v) / (image(v).norm(dim=-1, keepdim=True) if normalize else 1)
             if kind == "queries":
@@ -153,8 +156,7 @@ class DualMemoryBank:
             else:
                 slot.passages = there.to(self.dtype)
         if self.drift == "mean" and self.slots:
-            stored = [mean for _, mean in self.block_means.values()] if normalize else []
-            for means in (self.mean, *stored):
+            for means in (self.mean, *(stored for _, stored in self.block_means.values())):
                 means[part] = mean.to(means.dtype)
 
     def effective_window(self) -> int:
@@ -172,10 +174,8 @@ class DualMemoryBank:
         self.has_ids = passage_ids is not None
         if passage_ids is None:
             passage_ids = torch.full((n, self.passages_per_query), -1, dtype=torch.int64)
-        batch_mean = torch.cat([queries[:, None], passages], 1).to(self.mean.dtype).mean(0)
         if self.drift == "mean":
-            keep = self.drift_decay if self.written else 0.0
-            self.mean = keep * self.mean + (1 - keep) * batch_mean
+            self.anticipate(queries, passages)
         for i in range(n):
             lap, position = divmod(self.written, self.capacity)
             generation = (lap, position // self.layout.offset_block)

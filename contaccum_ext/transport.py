@@ -108,10 +108,8 @@ def transport(
         old_passages: (R', d) or (R', m, d) floating, likewise before it.
         new_passages: (R', d) or (R', m, d) likewise after it.
         ridge: in units of the mean eigenvalue of the probes' Gram matrix; larger trusts them less.
-        normalize: for encoders that bring their vectors to length 1. With ``drift="none"`` moved
-            ones are brought there too; with "mean" banked vectors meet each other as they meet
-            local ones. Without, and with "mean", they meet each other about the means that they
-            were enqueued at, which was better with dot products (docs/drift.md).
+        normalize: for encoders that bring their vectors to length 1: with ``drift="none"`` moved
+            ones are brought there too. With "mean" it makes no difference.
 
     Returns:
         () the larger of the two ``Displacement.error``: how far moved vectors may be off, in
@@ -129,7 +127,7 @@ def transport(
     ]
     fields = [Displacement.fit(old, new, ridge) for old, new in pairs]
     if bank.drift == "mean":
-        _turn(bank, fields, normalize)
+        _turn(bank, fields)
     else:
         _move(bank, fields, normalize)
     bank.vectors_changed()
@@ -167,19 +165,17 @@ def _move(bank: DualMemoryBank, fields: list[Displacement], normalize: bool) -> 
             _store(vectors[part], moved, slots < bank.cursor[1])
 
 
-def _turn(bank: DualMemoryBank, fields: list[Displacement], to_now: bool) -> None:
-    """Turn vectors about their stored means; bring them to where the mean is now, or not."""
+def _turn(bank: DualMemoryBank, fields: list[Displacement]) -> None:
+    """Turn vectors about their stored means, and bring them to where the mean is now."""
     of_queries, of_passages = fields
     now = torch.cat([of_queries(bank.means[0, :1]), of_passages(bank.means[0, 1:])])
     for part, slots in _chunks(bank):
         filled = slots < bank.cursor[1]
         then = bank.means[bank.layout.mean_rows(bank.capacity, slots, bank.cursor[0])]
-        about = now.expand_as(then) if to_now else then
         queries, passages = bank.bank_queries[part], bank.bank_passages[part]
-        _store(queries, of_queries.turn(queries - then[:, 0]) + about[:, 0], filled)
-        _store(passages, of_passages.turn(passages - then[:, 1:]) + about[:, 1:], filled)
-    means = bank.means if to_now else bank.means[:1]
-    means.copy_(torch.where(bank.cursor[1] > 0, now, means))
+        _store(queries, of_queries.turn(queries - then[:, 0]) + now[0], filled)
+        _store(passages, of_passages.turn(passages - then[:, 1:]) + now[1:], filled)
+    bank.means.copy_(torch.where(bank.cursor[1] > 0, now, bank.means))
 
 
 def _store(vectors: Tensor, moved: Tensor, filled: Tensor) -> None:

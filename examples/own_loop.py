@@ -60,10 +60,11 @@ for update in range(UPDATES):
         passages = encode(
             passage_encoder, [dataset.corpus[example.positives[0]].full() for example in examples]
         )  # (n, d)
-        loss = ca.contaccum_loss(queries, passages, bank, temperature=0.05)  # 2. and enqueue
-        (loss / ACCUMULATION).backward()  # 3. as in any gradient accumulation
+        bank.anticipate(queries, passages)  # 2. since an update is of few micro-batches
+        loss = ca.contaccum_loss(queries, passages, bank, temperature=0.05)  # 3. and enqueue
+        (loss / ACCUMULATION).backward()  # 4. as in any gradient accumulation
         total += loss.item() / ACCUMULATION
-    optimizer.step()  # 4.
+    optimizer.step()  # 5.
     optimizer.zero_grad()
     if update % 50 == 0:
         print(f"update {update}: loss {total:.2f}, {len(bank)} of {bank.capacity} slots filled")

@@ -123,7 +123,7 @@ def test_a_sign_that_stays_is_told_once_and_one_that_passes_is_not():
 
 
 @pytest.mark.parametrize(
-    ("drift", "end"), [("none", ", or set drift=mean"), ("transport", "or bank_size")]
+    ("drift", "end"), [("none", ", or set drift=auto"), ("transport", "or bank_size")]
 )
 def test_what_to_set_instead_is_what_goes_further(drift, end):
     watch = DriftWatch()

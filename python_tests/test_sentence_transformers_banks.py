@@ -24,11 +24,12 @@ from tiny_sentence_transformer import (
     features,
     gradients,
     load,
+    oracle,
     rows,
     step,
 )
 
-from contaccum_ext import DualMemoryBank, contaccum_loss, reference
+from contaccum_ext import DualMemoryBank, contaccum_loss, mean_decay, reference
 from contaccum_ext.integrations.sentence_transformers import ContAccumLoss
 from contaccum_ext.integrations.sentence_transformers.memory import MEAN_DECAY
 
@@ -40,10 +41,12 @@ def model(start) -> SentenceTransformer:
 
 
 @pytest.mark.parametrize("kind", PAIRS)
-def test_an_empty_bank_changes_nothing_about_the_first_batch(model, kind):
+@pytest.mark.parametrize("drift", ["auto", "mean"])
+def test_an_empty_bank_changes_nothing_about_the_first_batch(model, kind, drift):
     theirs, ours, options = PAIRS[kind]
     expected = step(theirs(model, **options), batch(model, 6, 1))
-    assert_same(step(ours(model, bank_size=32, **options), batch(model, 6, 1)), expected)
+    loss = ours(model, bank_size=32, drift=drift, **options)
+    assert_same(step(loss, batch(model, 6, 1)), expected)
 
 
 @pytest.mark.parametrize("kind", PAIRS)
@@ -65,9 +68,8 @@ def test_a_history_of_batches_is_the_oracles(model, kind, drift, row_weighting, 
     bank = reference.DualMemoryBank(20, 16, 2, torch.float64, drift, MEAN_DECAY)
     for first in (0, 7, 14, 21):
         got = step(loss, batch(model, 7, 1, first))
-        queries, *passages = embed(model, batch(model, 7, 1, first))
         kinds = {"row_weighting": row_weighting, "symmetric": symmetric}
-        value = reference.contaccum_loss(queries, torch.stack(passages, 1), bank, 1 / 20, **kinds)
+        value = oracle(bank, embed(model, batch(model, 7, 1, first)), **kinds)
         value.backward()
         assert_same(got, (value.detach(), gradients(model)))
     (ours_bank,) = loss.memory.banks.values()
@@ -76,10 +78,35 @@ def test_a_history_of_batches_is_the_oracles(model, kind, drift, row_weighting, 
     torch.testing.assert_close(ours_bank.passages(), bank.passages(), rtol=0, atol=8 * EPS)
 
 
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("micro_batches", [1, 7, 8, 16])
+def test_updates_of_few_batches_have_means_that_anticipate(model, kind, micro_batches):
+    """Loss, gradients and means; those of updates of many batches would be others."""
+    _, ours, options = PAIRS[kind]
+    loss = ours(model, bank_size=20, drift="mean", mask_duplicates=False, **options)
+    loss.memory.begin_run(7 * micro_batches, None, micro_batches)
+    decay = mean_decay(micro_batches)
+    banks = {a: reference.DualMemoryBank(20, 16, 2, torch.float64, "mean", decay) for a in (0, 1)}
+    anticipates = micro_batches < 8
+    for first in (0, 7, 14, 21):
+        got = step(loss, batch(model, 7, 1, first))
+        columns = embed(model, batch(model, 7, 1, first))
+        value, other = (oracle(banks[a], columns, None, a) for a in (anticipates, not anticipates))
+        value.backward()
+        assert_same(got, (value.detach(), gradients(model)))
+        assert first == 0 or abs(value - other) > 1e-6 * value
+    for name in ("query_offsets", "passage_offsets"):
+        got, expected = (
+            getattr(bank, name)() for bank in (loss.memory.banks["16x2"], banks[anticipates])
+        )
+        torch.testing.assert_close(got, expected, rtol=0, atol=32 * EPS)
+        assert (got - getattr(banks[not anticipates], name)()).norm() > 1e-3
+
+
 def test_capacity_counts_slots_and_the_oldest_leave_across_optimizer_steps(model, start):
     """Three faults an earlier attempt had: batches counted, nothing evicted, cleared each step."""
     model = load(start).double().train()
-    loss = ContAccumLoss(model, bank_size=10)
+    loss = ContAccumLoss(model, bank_size=10, drift="mean")  # which leaves what is banked
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     seen, filled = [], []
     for first in (0, 4, 8, 12):
@@ -118,13 +145,12 @@ def test_equal_passages_are_left_out_of_a_rows_negatives(model, kind):
     columns["positive"][3] = columns["positive"][0]
     columns["negative_1"][1] = columns["positive"][2] + "  "  # the same tokens
     ids = torch.tensor([[0, 10], [1, 2], [2, 12], [0, 13]])
-    loss = ours(model, bank_size=16, **options)
-    plain = ours(model, bank_size=16, mask_duplicates=False, **options)
+    options = {"bank_size": 16, "drift": "mean"} | options
+    loss, plain = ours(model, **options), ours(model, mask_duplicates=False, **options)
     bank = reference.DualMemoryBank(16, 16, 2, torch.float64, "mean", MEAN_DECAY)
     for _ in range(2):  # the second time everything is in the bank as well
         got = step(loss, features(model, columns))
-        queries, *passages = embed(model, features(model, columns))
-        value = reference.contaccum_loss(queries, torch.stack(passages, 1), bank, 1 / 20, ids)
+        value = oracle(bank, embed(model, features(model, columns)), ids)
         value.backward()
         assert_same(got, (value.detach(), gradients(model)))
         assert step(plain, features(model, columns))[0] > got[0] + 0.01  # terms of its sums
@@ -138,21 +164,22 @@ def test_matryoshka_keeps_a_bank_for_each_size(model, kind):
     plain = MatryoshkaLoss(model, ours(model, bank_size=0, **options), **weights)
     assert_same(step(plain, batch(model, 6, 1)), expected)
 
-    loss = MatryoshkaLoss(model, ours(model, bank_size=20, **options), **weights)
+    inner = ours(model, bank_size=20, drift="mean", **options)
+    loss = MatryoshkaLoss(model, inner, **weights)
     bank = {
-        dim: reference.DualMemoryBank(20, dim, 2, torch.float64, "mean", 0.5) for dim in (16, 4)
+        dim: reference.DualMemoryBank(20, dim, 2, torch.float64, "mean", MEAN_DECAY)
+        for dim in (16, 4)
     }
-    for first in (0, 6):
+    for first in (0, 6, 12):
         got = step(loss, batch(model, 6, 1, first))
         columns = [model(c)["sentence_embedding"] for c in batch(model, 6, 1, first)]
         total = torch.zeros((), dtype=torch.float64)
         for dim, weight in ((16, 1.0), (4, 0.5)):
             cut = [torch.nn.functional.normalize(c[:, :dim], dim=-1) for c in columns]
-            value = reference.contaccum_loss(cut[0], torch.stack(cut[1:], 1), bank[dim], 1 / 20)
-            total = total + weight * value
+            total = total + weight * oracle(bank[dim], cut)
         total.backward()
         assert_same(got, (total.detach(), gradients(model)))
-    assert loss.loss.memory.filled() == {"16x2": 12, "4x2": 12}
+    assert loss.loss.memory.filled() == {"16x2": 18, "4x2": 18}
 
 
 def test_adaptive_layers_bank_the_last_layer_once_per_batch(two_layers):
@@ -198,7 +225,8 @@ def test_the_state_dict_takes_the_banks_along(model):
     ("change", "says"),
     [
         ({"bank_size": 12}, "bank_size: expected 12, got 10"),
-        ({"drift": "none"}, "drift: expected 'none', got 'mean'"),
+        ({"drift": "none"}, "drift: expected 'none', got 'transport'"),
+        ({"drift": "mean"}, "drift: expected 'mean', got 'transport'"),
         ({"similarity_fct": dot_score}, "normalize: expected False, got True"),
         ({"mask_duplicates": False}, "mask_duplicates: expected False, got True"),
     ],
@@ -212,14 +240,33 @@ def test_the_banks_of_another_setting_are_refused(model, change, says):
     assert other.memory.filled() == {}
 
 
+def test_the_automatic_correction_is_transport_as_long_as_nobody_knows_the_update(model):
+    """Which is right for all ages; also for a bank that would be young in most trainings."""
+    for size in ("auto", 1024, 64, 2):
+        loss = ContAccumLoss(model, bank_size=size)
+        step(loss, batch(model, 2))
+        bank, kept = loss.memory.banks["16x1"], loss.memory
+        assert kept.drift == "transport" and kept.probes.count == 64
+        assert (bank.drift, bank.drift_decay) == ("mean", 0.9)
+        assert kept.staleness.keys() == {"16x1"}
+    loss.memory.begin_run(update_size=1, training_queries=None, micro_batches=1)
+    assert (loss.memory.drift, loss.memory.probes) == ("mean", None)
+    loss.memory.begin_run(update_size=1, training_queries=None)
+    assert loss.memory.drift_decay == MEAN_DECAY == 0.5
+
+
 def test_an_automatic_bank_has_1024_slots_as_long_as_nobody_knows_the_update(model):
     loss = ContAccumLoss(model)
     step(loss, batch(model, 2))
     assert loss.memory.banks["16x1"].capacity == 1024
-    loss.memory.begin_run(update_size=32, training_queries=200)
-    assert loss.memory.capacity == 200
-    loss.memory.begin_run(update_size=16, training_queries=200)
-    assert loss.memory.capacity == 8 * 16
-    loss.memory.begin_run(update_size=16, training_queries=None)
-    assert loss.memory.capacity == 8 * 16
+    for update, rows_seen, slots in (
+        (64, None, 4 * 64),
+        (64, 300, 4 * 64),
+        (64, 200, 200),
+        (63, None, 8 * 63),
+        (16, 200, 8 * 16),
+        (32, 200, 200),
+    ):
+        loss.memory.begin_run(update_size=update, training_queries=rows_seen)
+        assert loss.memory.capacity == slots
     assert loss.memory.filled() == {}

@@ -26,7 +26,7 @@ from contaccum_ext.integrations.sentence_transformers import (
 )
 
 SETTINGS = {
-    "mean": {"bank_size": 40},
+    "mean": {"bank_size": 40, "drift": "mean"},
     "transport": {"bank_size": 40, "drift": "transport", "drift_probes": 8},
 }
 

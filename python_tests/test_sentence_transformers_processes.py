@@ -25,9 +25,13 @@ from tiny_sentence_transformer import (
     bank_state,
     dataset,
     embed,
+    identities,
     load,
     losses_of,
     memory,
+    oracle,
+    recorded,
+    texts,
     trainer,
     weights,
 )
@@ -39,33 +43,9 @@ LEARNING_RATE = 1e-4  # of plain gradient descent, with gradients of norm 200
 FILES = ("contaccum_banks_0_of_2.pt", "contaccum_banks_1_of_2.pt")
 
 
-def recorded(kind):
-    """A loss that notes what each of its batches was, and the value."""
-    _, ours, options = PAIRS[kind]
-
-    class Recorded(ours):
-        def forward(self, sentence_features, labels):
-            columns = list(sentence_features)
-            copies = [
-                {k: v.clone() if torch.is_tensor(v) else v for k, v in column.items()}
-                for column in columns
-            ]
-            value = super().forward(columns, labels)
-            if self.model.training:
-                self.seen.append((copies, value.item()))
-            return value
-
-    def make(model, **changes):
-        loss = Recorded(model, **(options | changes))
-        loss.seen = []
-        return loss
-
-    return make
-
-
 def train(start, output, kind):
     """Eight updates of 8 rows, two in an epoch, with a bank of 20 slots that wraps around."""
-    make = lambda m: recorded(kind)(m.double(), bank_size=20)  # noqa: E731
+    make = lambda m: recorded(kind)(m.double(), bank_size=20, drift="mean")  # noqa: E731
     run = trainer(
         start,
         output,
@@ -106,9 +86,7 @@ def test_it_is_one_process_with_a_bank_for_each_and_the_mean_of_their_losses(sta
             for result, bank in zip(found, banks, strict=True):
                 columns, value = result["seen"][batch]
                 assert len(columns[0]["input_ids"]) == BATCH
-                queries, *passages = embed(model, columns)
-                stacked, ids = torch.stack(passages, 1), identities(columns[1:])
-                loss = reference.contaccum_loss(queries, stacked, bank, 1 / 20, ids)
+                loss = oracle(bank, embed(model, columns), identities(columns[1:]))
                 assert value == pytest.approx(loss.item(), rel=1e5 * EPS)
                 (loss / ACCUMULATION / COUNT).backward()
                 total += loss.item() / ACCUMULATION / COUNT
@@ -125,18 +103,6 @@ def test_it_is_one_process_with_a_bank_for_each_and_the_mean_of_their_losses(sta
     # The four batches of an epoch: no row in both processes.
     rows = [row for result in found for c, _ in result["seen"][:4] for row in texts(c[0])]
     assert len(rows) == len(set(rows)) == 32
-
-
-def texts(column) -> list[tuple]:
-    return [
-        tuple(ids[mask.bool()].tolist())
-        for ids, mask in zip(column["input_ids"], column["attention_mask"], strict=True)
-    ]
-
-
-def identities(passages) -> torch.Tensor:
-    """(n, m) numbers that only equal texts share: in a later epoch they are in the bank."""
-    return torch.tensor([[hash(text) for text in texts(column)] for column in passages]).T
 
 
 def everything(model):

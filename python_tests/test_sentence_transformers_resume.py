@@ -33,15 +33,18 @@ from contaccum_ext.integrations.sentence_transformers import callback as callbac
 
 FILE = "contaccum_banks.pt"
 
+MEAN = {"bank_size": 24, "drift": "mean"}
+
 LOSSES = {
-    "plain": lambda m: ContAccumLoss(m, bank_size=24),
-    "cached": lambda m: CachedContAccumLoss(m, bank_size=24, mini_batch_size=3),
-    "matryoshka": lambda m: MatryoshkaLoss(m, ContAccumLoss(m, bank_size=24), [16, 8]),
+    "plain": lambda m: ContAccumLoss(m, **MEAN),
+    "cached": lambda m: CachedContAccumLoss(m, mini_batch_size=3, **MEAN),
+    "matryoshka": lambda m: MatryoshkaLoss(m, ContAccumLoss(m, **MEAN), [16, 8]),
     "cached_matryoshka": lambda m: MatryoshkaLoss(
-        m, CachedContAccumLoss(m, bank_size=24, mini_batch_size=3), [16, 8]
+        m, CachedContAccumLoss(m, mini_batch_size=3, **MEAN), [16, 8]
     ),
+    "symmetric": lambda m: ContAccumLoss(m, symmetric=True, **MEAN),
+    "default": ContAccumLoss,
     # Probes are complete after 12 of the 24 rows before the checkpoint.
-    "symmetric": lambda m: ContAccumLoss(m, bank_size=24, symmetric=True),
     "transport": lambda m: ContAccumLoss(m, bank_size=24, drift="transport", drift_probes=12),
     "cached_matryoshka_transport": lambda m: MatryoshkaLoss(
         m,
@@ -140,10 +143,10 @@ def test_the_banks_of_other_weights_are_refused(start, saved, tmp_path):
 @pytest.mark.parametrize(
     ("make_loss", "says"),
     [
-        (lambda m: ContAccumLoss(m, bank_size=32), "bank_size: expected 32, got 24"),
+        (lambda m: ContAccumLoss(m, bank_size=32, drift="mean"), "bank_size: expected 32, got 24"),
         (lambda m: ContAccumLoss(m, bank_size=24, drift="none"), "drift: expected 'none'"),
         (
-            lambda m: ContAccumLoss(m, bank_size=24, drift_decay=0.25),
+            lambda m: ContAccumLoss(m, drift_decay=0.25, **MEAN),
             "drift_decay: expected 0.25, got 0.529",
         ),
         (LOSSES["matryoshka"], r"expected the banks of \['loss.memory'\], got \['memory'\]"),

@@ -121,7 +121,7 @@ def test_metrics_tell_them_at_the_wanted_updates(start, tmp_path, method):
 
 @pytest.mark.parametrize("method", ["contaccum", "gradcache_contaccum"])
 def test_metrics_tell_how_old_slots_are_scored_beside_new_ones(start, tmp_path, method):
-    settings = {"method": method, "bank_size": 20, "diagnostics_every": 2}
+    settings = {"method": method, "bank_size": 20, "diagnostics_every": 2, "drift": "mean"}
     trainer = make_trainer(start, tmp_path, **settings)
     history = [trainer.update() for _ in range(4)]
     # Behind the update, before the step: two updates of 8, then 20 slots.

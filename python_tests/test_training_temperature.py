@@ -54,6 +54,7 @@ def test_it_gets_the_gradient_of_the_whole_update_once(
         for group in groups:
             queries, passages, ids = graph_of_all(trainer, group)
             tau, against = torch.exp(-scale), bank if banked else None
+            bank.anticipate(queries, passages)
             loss = reference.contaccum_loss(
                 queries,
                 passages,

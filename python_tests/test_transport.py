@@ -94,7 +94,7 @@ def test_probes_that_stay_leave_the_bank_as_it_is(device):
 @pytest.mark.parametrize(
     ("drift", "unit"),
     [("none", True), ("none", False), ("mean", True), ("mean", False)],
-    ids=["normalized", "as they are", "about the mean now", "about their means"],
+    ids=["normalized", "as they are", "about means", "about means, as they are"],
 )
 @pytest.mark.parametrize("both", [False, True], ids=["one way", "symmetric"])
 def test_loss_and_gradients_after_transport_are_the_oracle_s(device, slots, drift, unit, both):
@@ -150,7 +150,7 @@ def test_about_means_vectors_count_where_an_exact_map_has_taken_them(unit):
     expected = [counted[0] @ slope + 0.5, counted[1] @ slope - 0.25]
     now = [bank.queries() + bank.query_offsets(), bank.passages() + bank.passage_offsets()]
     torch.testing.assert_close(now, expected, rtol=0, atol=1e-8)
-    assert (bank.query_offsets() == 0).all().item() == unit  # they are stored as they count
+    assert (bank.query_offsets() == 0).all()  # they are stored as they count
     wrong = bank.means[0, 0].clone()
     steps = 40
     for step in range(steps):  # batches whose mean is elsewhere

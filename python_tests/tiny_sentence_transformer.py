@@ -17,6 +17,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from sentence_transformers.sentence_transformer.modules import Router
 from tiny_retriever import tiny_dataset
 
+from contaccum_ext import reference
 from contaccum_ext.integrations.sentence_transformers import (
     CachedContAccumLoss,
     ContAccumCallback,
@@ -124,6 +125,54 @@ def assert_same(ours, theirs) -> None:
         assert error <= 1e5 * EPS * size, name
 
 
+def oracle(bank, columns, ids=None, anticipates=True, **kinds) -> torch.Tensor:
+    """The reference's loss of embedded columns, which enter its bank.
+
+    `anticipates`: running means have seen the batch before, as in updates of few batches.
+    """
+    queries, passages = columns[0], torch.stack(columns[1:], 1)
+    if bank.drift == "mean" and anticipates:
+        bank.anticipate(queries, passages)
+    return reference.contaccum_loss(queries, passages, bank, 1 / 20, ids, **kinds)
+
+
+def recorded(kind):
+    """A loss that notes what each of its training batches was, and the value."""
+    _, ours, options = PAIRS[kind]
+
+    class Recorded(ours):
+        def forward(self, sentence_features, labels):
+            columns = list(sentence_features)
+            copies = [
+                {k: v.clone() if torch.is_tensor(v) else v for k, v in column.items()}
+                for column in columns
+            ]
+            value = super().forward(columns, labels)
+            if self.model.training:
+                self.seen.append((copies, value.item()))
+            return value
+
+    def make(model, **changes):
+        loss = Recorded(model, **(options | changes))
+        loss.seen = []
+        return loss
+
+    return make
+
+
+def texts(column) -> list[tuple]:
+    """The token ids of each row of an encoded column."""
+    return [
+        tuple(ids[mask.bool()].tolist())
+        for ids, mask in zip(column["input_ids"], column["attention_mask"], strict=True)
+    ]
+
+
+def identities(passages) -> torch.Tensor:
+    """(n, m) numbers that only equal texts share: in a later epoch they are in the bank."""
+    return torch.tensor([[hash(text) for text in texts(column)] for column in passages]).T
+
+
 def dataset(count: int = 40, negatives: int = 0):
     from datasets import Dataset  # here and not above: the losses' tests do without
 
@@ -147,7 +196,9 @@ def arguments(output: Path, **changes) -> SentenceTransformerTrainingArguments:
         "use_cpu": True,
         "dataloader_pin_memory": False,
     }
-    return SentenceTransformerTrainingArguments(**(settings | changes))
+    made = SentenceTransformerTrainingArguments(**(settings | changes))
+    made._n_gpu = min(made.n_gpu, 1)  # with all of several, batches would be as many times as large
+    return made
 
 
 def trainer(start, output, make_loss, callback=True, data=None, device="cpu", **changes):

@@ -12,7 +12,13 @@ from typing import Any
 
 import yaml
 
-from contaccum_ext.bank_size import AUTO_BANK_UPDATES, auto_bank_size, auto_drift
+from contaccum_ext.bank_size import (
+    AUTO_SMALL_UPDATES,
+    AUTO_UPDATES,
+    SMALL_UPDATE,
+    auto_bank_size,
+    auto_drift,
+)
 from contaccum_ext.losses import MAX_SCALE
 from contaccum_ext.training.methods import METHODS
 from contaccum_ext.training.rules import (
@@ -50,14 +56,16 @@ class TrainConfig:
     bank_size: int | str = _setting(
         "auto",
         or_word(integer(1), "auto"),
-        f"slots of the memory banks; auto = {AUTO_BANK_UPDATES} * n * K, at most the training set",
+        f"slots of the memory banks; auto = {AUTO_UPDATES[0]} * n * K, or "
+        f"{AUTO_SMALL_UPDATES[0]} * n * K where n * K < {SMALL_UPDATE}, at most the training set",
     )
     drift: str = _setting(
         "auto",
         choice("auto", "none", "mean", "transport"),
         "correction of banked vectors for the model's movement; transport encodes drift_probes "
         "queries and as many passages once more after every update; auto = mean for bank_size up "
-        f"to {AUTO_BANK_UPDATES} * n * K, else transport",
+        f"to {AUTO_UPDATES[1]} * n * K, or {AUTO_SMALL_UPDATES[1]} * n * K where n * K < "
+        f"{SMALL_UPDATE}, else transport",
     )
     drift_probes: int = _setting(64, integer(1), "of transport; more follow the model more closely")
     drift_ridge: float = _setting(0.1, POSITIVE, "of transport; more trusts the probes less")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from contaccum_ext.bank import DualMemoryBank
-from contaccum_ext.bank_size import mean_decay
+from contaccum_ext.bank_size import anticipates, mean_decay
 from contaccum_ext.drift_signs import EVERY, DriftWatch, ScoreShift, score_shift
 from contaccum_ext.functional import contaccum_loss
 from contaccum_ext.losses import LearnedTemperature
@@ -51,10 +51,12 @@ class Scoring:
         self.bank: DualMemoryBank | None = None
         self.transport: BankTransport | None = None
         self.drift = "none"
+        self._anticipates = False
         if banks is not None:
             capacity = config.bank_capacity(training_queries)
             self.drift = config.drift_for(capacity)
             follows = self.drift == "transport"
+            self._anticipates = self.drift == "mean" and anticipates(batches)
             self.bank = DualMemoryBank(
                 capacity,
                 dim,
@@ -172,6 +174,9 @@ class Scoring:
 
     def _against_bank(self, queries: Tensor, passages: Tensor, passage_ids: Tensor) -> Tensor:
         assert self.bank is not None and self.banks is not None
+        if self._anticipates:
+            kept = self.bank.passages_per_query
+            self.bank.anticipate(queries.detach(), passages[:, :kept].detach())
         settings: dict[str, Any] = {
             "temperature": self._tau(),
             "passage_ids": self._ids(passage_ids),

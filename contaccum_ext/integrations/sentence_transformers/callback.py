@@ -25,9 +25,10 @@ logger = logging.getLogger(__name__)
 class ContAccumCallback(TrainerCallback):
     """Makes the banks of a loss part of the training state.
 
-    - A run begins with empty banks; those of size "auto" learn how large an update is, with
-      drift="auto" which correction suits their age, and without drift_decay which one suits the
-      number of batches in an update (`contaccum_ext.mean_decay`).
+    - A run begins with empty banks; those of size "auto" learn how large an update is (they are
+      four of them, or eight small ones), with drift="auto" which correction suits their age, and
+      without drift_decay which one suits the number of batches in an update
+      (`contaccum_ext.mean_decay`). From eight batches on means of "mean" need not anticipate.
     - Each checkpoint gets the banks, in a file that is complete or not there. Resuming from it
       restores them, and training goes on as if it had never stopped.
     - Of several processes each has banks of the rows that it has seen, and a file of its own. As

@@ -13,7 +13,6 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
     matryoshka,
 )
-from sentence_transformers.sentence_transformer.modules import Normalize
 from sentence_transformers.util import cos_sim, dot_score
 from torch import Tensor, nn
 
@@ -118,7 +117,6 @@ class _Banked(nn.Module):
             self.memory.settings.normalize
             or outer is not None
             or isinstance(inner, matryoshka.CachedLossDecorator)
-            or any(isinstance(part, Normalize) for part in encoder.modules())
         )
         self.memory.follow(moves, unit)
 
@@ -154,17 +152,21 @@ class ContAccumLoss(_Banked, MultipleNegativesRankingLoss):
 
     Keyword Args:
         bank_size (int | str): slots, each a row of the data set; 0 for no bank; "auto" (default)
-            for eight updates' worth, 8 * per_device_train_batch_size *
-            gradient_accumulation_steps, at most the training set. That needs
-            ``ContAccumCallback``; without it "auto" is 1,024.
+            for four updates' worth, 4 * per_device_train_batch_size *
+            gradient_accumulation_steps, eight where an update has fewer than 64 rows, at most the
+            training set. That needs ``ContAccumCallback``; without it "auto" is 1,024.
         drift (str): "mean" corrects old vectors by the shift of their mean; "transport" encodes a
             few texts, the probes, again after every optimizer step and moves all banked vectors as
             these have moved, about running means; "none" leaves them as they are. "auto" (default)
-            is "mean" up to eight updates' worth of slots and "transport" beyond; without
-            ``ContAccumCallback``, which knows how large an update is, it is "mean".
+            is "mean" up to two updates' worth of slots, eight where an update has fewer than 64
+            rows, and "transport" beyond; without ``ContAccumCallback``, which knows how large an
+            update is, it is "transport".
         drift_decay (float | None): of the running means, per batch. None (default) lets
             ``ContAccumCallback`` choose by the batches in an update, with
-            ``contaccum_ext.mean_decay``; without it they lag by one batch.
+            ``contaccum_ext.mean_decay``; without it 0.9 with "transport" and 0.5 with "mean". Means
+            of "mean" see a batch before its own loss does, with ``DualMemoryBank.anticipate``,
+            unless the callback knows of eight batches or more in an update: in updates of one batch
+            those that wait for it lag by an update, which ruins training.
         row_weighting (str): "local" (default) weights every row 1/n, "all" 1/(n + filled slots) as
             in the paper.
         symmetric (bool): the mean of this loss and of that with positives for rows and anchors for

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from contaccum_ext.bank import DualMemoryBank
-from contaccum_ext.bank_size import auto_bank_size, auto_drift, mean_decay
+from contaccum_ext.bank_size import anticipates, auto_bank_size, auto_drift, mean_decay
 from contaccum_ext.functional import contaccum_loss
 from contaccum_ext.integrations.sentence_transformers.probes import Move, Probes
 from contaccum_ext.integrations.sentence_transformers.settings import BankSettings
@@ -21,9 +21,9 @@ from contaccum_ext.transport import transport_slots
 logger = logging.getLogger(__name__)
 
 # Of running means, per batch, as long as nobody says how many batches make an update: means that
-# lag by more than an update do harm, less smooth ones do not (docs/drift.md). These lag by one
-# batch, and those that probes predict are averages over little more than two.
-MEAN_DECAY, PREDICTED_MEAN_DECAY = 0.5, mean_decay(1, predicted=True)
+# lag by an update do harm (docs/drift.md), so these lag by little and anticipate. Those that probes
+# predict do not lag: this decay was tried with updates of 1, 4 and 16 batches.
+MEAN_DECAY, PREDICTED_MEAN_DECAY = 0.5, 0.9
 UNKNOWN_RUN_SLOTS = 1024  # of an automatic bank as long as nobody says how large an update is
 
 
@@ -80,7 +80,7 @@ class BankMemory(nn.Module):
         if self.settings.drift != "auto":
             return self.settings.drift
         if self._update_size is None:
-            return "mean"
+            return "transport"  # which is right for all ages
         return auto_drift(self.capacity, self._update_size)
 
     @property
@@ -120,10 +120,13 @@ class BankMemory(nn.Module):
         ids = None
         if learning and self.settings.mask_duplicates:
             ids = _stack_identities(identities, len(queries), place)
+        bank = self._bank(stacked) if learning else None
+        if bank is not None and self.drift == "mean" and anticipates(self._micro_batches):
+            bank.anticipate(queries.detach(), stacked.detach())
         loss = contaccum_loss(
             queries,
             stacked,
-            self._bank(stacked) if learning else None,
+            bank,
             temperature=1.0 / scale,
             passage_ids=ids,
             row_weighting=self.settings.row_weighting,
