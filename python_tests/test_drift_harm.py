@@ -9,7 +9,7 @@ import pytest
 from benchmarks.drift import cli, harm, rows, tables
 from benchmarks.drift.report import brief
 from benchmarks.drift.settings import Setting, from_row
-from benchmarks.drift.summary import summary
+from benchmarks.drift.summary import amounts, summary
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,8 +70,9 @@ def test_the_page_holds_what_the_rows_give():
     done = rows.finished(ROOT / "benchmarks/results/drift/rows.jsonl")
     assert all(from_row(found["setting"]).key == key for key, found in done.items())
     page = (ROOT / "docs/drift.md").read_text()
-    for name in ("central", "ideas", "guards", "safe", "means", "few"):
+    for name in ("central", "ideas", "guards", "safe", "means", "few", "whole"):
         assert brief(tables.settings([name]), done, tables.BASELINE) in page, name
     for data in ("squad_sent", "medquad"):
         assert summary(done.values(), data) in page
+        assert amounts(done.values(), data) in page
     assert all(part in page for part in harm.harm(list(done.values())).split("\n\n"))

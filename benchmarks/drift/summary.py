@@ -1,11 +1,12 @@
-"""Every setting in a line: without a bank, with a plain one of one update, with the defaults."""
+"""Every setting in a line: without a bank, with a plain one of one update, with corrected ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
 from benchmarks.drift import rows
-from benchmarks.drift.default_tables import LIBRARY, TURNED
+from benchmarks.drift.bank_tables import CHOSEN
+from benchmarks.drift.default_tables import LIBRARY
 from benchmarks.drift.report import Mean, markdown, mean, paired
 from benchmarks.drift.settings import Setting, from_row
 
@@ -17,55 +18,86 @@ def _bank(size: int, correction: str, options: dict) -> Callable[[Setting], bool
     return lambda x: (x.bank, x.correction, x.options) == (size, correction, options)
 
 
-def _transport(setting: Setting) -> bool:
-    """As the library does it for a similarity."""
-    options = LIBRARY if setting.similarity == "cosine" else TURNED
-    return _bank(4096, "follow-mean", options)(setting)
-
-
 COLUMNS: dict[str, Callable[[Setting], bool]] = {
     "gradaccum": lambda x: x.method == "gradaccum",
     "in-batch 128": lambda x: x.method == "inbatch",
     _BASELINE: _bank(128, "none", {}),
-    "`mean` 1,024": _bank(1024, "mean", {}),
-    "`transport` 4,096": _transport,
+    "default, 512": _bank(512, "follow-mean", CHOSEN),
+    "`mean`, 512": _bank(512, "mean", {}),
+    "`mean`, 1,024": _bank(1024, "mean", {}),
+    "`transport`, 4,096": _bank(4096, "follow-mean", LIBRARY),
 }
-_COMPARED = ("`mean` 1,024", "`transport` 4,096")
+_COMPARED = tuple(COLUMNS)[3:]
 
 
 def summary(done: Iterable[rows.Row], data: str) -> str:
-    """Markdown of a data set: NDCG@10, and of the defaults the paired differences from `bank 128`.
+    """Markdown of a data set: NDCG@10, and of corrected banks the paired differences to `bank 128`.
 
     Args:
         done: rows, in any order.
         data: whose rows to take.
     """
-    found: dict[str, dict[str, dict[int, float]]] = {}  # by setting and column, by seed
-    for row in done:
-        if "error" in row or row["setting"]["data"] != data:
-            continue
-        setting = from_row(row["setting"])
-        if setting.accumulation != 16:
-            continue
-        for name, belongs in COLUMNS.items():
-            if belongs(setting):
-                line = found.setdefault(setting.varied or _CENTRAL, {})
-                line.setdefault(name, {})[setting.seed] = row["test_ndcg10"]
     lines = []
-    for varied, columns in found.items():
-        if not all(name in columns for name in COLUMNS):
+    for varied, columns in _scores(done, data, COLUMNS).items():
+        if "default, 512" not in columns or _BASELINE not in columns:
             continue
         cells = [varied]
         for name in COLUMNS:
-            values = columns[name]
+            values = columns.get(name, {})
             if name in _COMPARED:
-                cells.append(_signed(paired(values, columns[_BASELINE])))
+                cells.append(_signed(paired(values, columns[_BASELINE])) if values else "-")
             else:
                 cells.append(str(mean(values.values())))
         lines.append(cells)
     lines.sort(key=lambda cells: cells[0] != _CENTRAL)
     head = [data, *(f"{name}, less" if name in _COMPARED else name for name in COLUMNS)]
     return markdown(head, lines)
+
+
+_SIZES = (128, 256, 512, 1024, 4096)
+_KINDS: dict[str, tuple[str, dict]] = {
+    "fresh": ("oracle", {"dropout": True}),
+    "`mean`": ("mean", {}),
+    "probes": ("follow-mean", LIBRARY),
+}
+_FEW = ("epochs=1 updates=40", "epochs=1", "learning_rate=2e-05", _CENTRAL, "epochs=10")
+
+
+def amounts(done: Iterable[rows.Row], data: str) -> str:
+    """Markdown of a data set: what banks of each size gain over a plain one of 128 slots.
+
+    Args:
+        done: rows, in any order.
+        data: whose rows to take.
+    """
+    belongs = {f"{kind} {size}": _bank(size, *_KINDS[kind]) for kind in _KINDS for size in _SIZES}
+    found = _scores(done, data, belongs | {_BASELINE: COLUMNS[_BASELINE]})
+    lines = []
+    for varied in _FEW:
+        columns = found[varied]
+        for kind in _KINDS:
+            sizes = [columns.get(f"{kind} {size}", {}) for size in _SIZES]
+            differences = [paired(x, columns[_BASELINE]) if x else None for x in sizes]
+            lines.append([varied, kind, *(_signed(x) if x else "-" for x in differences)])
+    return markdown([data, "", *(f"{size:,}" for size in _SIZES)], lines)
+
+
+def _scores(
+    done: Iterable[rows.Row], data: str, columns: dict[str, Callable[[Setting], bool]]
+) -> dict[str, dict[str, dict[int, float]]]:
+    """NDCG@10 by setting and column, by seed."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for row in done:
+        if "error" in row or row["setting"]["data"] != data:
+            continue
+        setting = from_row(row["setting"])
+        if setting.accumulation != 16:
+            continue
+        for name, belongs in columns.items():
+            if belongs(setting):
+                line = found.setdefault(setting.varied or _CENTRAL, {})
+                line.setdefault(name, {})[setting.seed] = row["test_ndcg10"]
+    return found
 
 
 def _signed(difference: Mean) -> str:

@@ -9,16 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.drift.default_tables import (
-    amounts,
-    chosen,
-    default,
-    few,
-    grown,
-    lags,
-    library,
-    means,
-)
+from benchmarks.drift.bank_tables import amounts, chosen, grown, lags, whole
+from benchmarks.drift.default_tables import default, few, library, means
 from benchmarks.drift.families import DATA, SCORES, TRANSPORT, banks, baselines
 from benchmarks.drift.settings import Setting
 
@@ -151,6 +143,7 @@ TABLES: dict[str, Callable[[], list[Setting]]] = {
     "grown": grown,
     "amounts": amounts,
     "lags": lags,
+    "whole": whole,
     "chosen": chosen,
 }
 
