@@ -34,19 +34,19 @@ class Method:
     cached: bool = False
 
 
-_WIDE = {"drift": "transport", "bank_size": 2048}
+_WIDE = {"bank_size": 2048}
 
 METHODS = {
     method.name: method
     for method in (
         Method("gradaccum", THIN, {"method": "gradaccum"}),
         Method("contaccum-128", THIN, {"method": "contaccum", "bank_size": 128}),
-        Method("contaccum-mean", THIN, {"method": "contaccum"}),
-        Method("contaccum-transport", THIN, {"method": "contaccum", **_WIDE}),
+        Method("contaccum", THIN, {"method": "contaccum"}),
+        Method("contaccum-2048", THIN, {"method": "contaccum", **_WIDE}),
         Method("gradcache-contaccum", THIN, {"method": "gradcache_contaccum"}),
         Method("st-mnrl", SENTENCE_TRANSFORMERS, {}, "MultipleNegativesRankingLoss"),
-        Method("st-contaccum-mean", SENTENCE_TRANSFORMERS, {}, "ContAccumLoss"),
-        Method("st-contaccum-transport", SENTENCE_TRANSFORMERS, _WIDE, "ContAccumLoss"),
+        Method("st-contaccum", SENTENCE_TRANSFORMERS, {}, "ContAccumLoss"),
+        Method("st-contaccum-2048", SENTENCE_TRANSFORMERS, _WIDE, "ContAccumLoss"),
         Method(
             "st-cached-mnrl", SENTENCE_TRANSFORMERS, {}, "CachedMultipleNegativesRankingLoss", True
         ),

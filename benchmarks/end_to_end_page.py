@@ -106,7 +106,7 @@ def _setup(options: EndToEndOptions, updates: int) -> str:
         f"queries with a positive and, where the data has them, a hard negative. AdamW at "
         f"{options.learning_rate:g}, linear warm-up over a tenth and linear decay, weight decay "
         f"0.01, clipping at 2.0, seed {options.seed}; bf16 autocast on GPUs, fp32 on CPUs. "
-        f"Banks are of the default size, eight updates, unless a line says more.\n\n{named}\n\n"
+        f"Banks are of the default size (`bank_size: auto`) unless a line says more.\n\n{named}\n\n"
         f"`{METRIC}` is of the test queries over the whole corpus, by this package's evaluation "
         f"for all. `seconds` is training alone, tokenization among it: the updates of `contaccum "
         f"train`, the call of `train` in sentence-transformers. {shared}"

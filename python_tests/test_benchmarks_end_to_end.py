@@ -64,7 +64,7 @@ def test_both_trainers_do_the_same(result):
     _, rows, _ = result
     for ours, theirs in (
         ("gradaccum", "st-mnrl"),
-        ("contaccum-mean", "st-contaccum-mean"),
+        ("contaccum", "st-contaccum"),
         ("gradcache-contaccum", "st-cached-contaccum"),
     ):
         scores = [float(rows[name]["ndcg_at_10"]) for name in (ours, theirs)]
@@ -74,9 +74,9 @@ def test_both_trainers_do_the_same(result):
 
 def test_warnings_of_banks_are_told_below_the_table(result):
     _, rows, page = result
-    for name in ("contaccum-transport", "st-contaccum-transport"):
+    for name in ("contaccum-2048", "st-contaccum-2048"):
         assert rows[name]["note"].startswith("bank_size 2048 keeps vectors up to 256 updates old")
-    assert "## Warnings and failures\n\n- `contaccum-transport`: bank_size 2048 keeps" in page
+    assert "## Warnings and failures\n\n- `contaccum-2048`: bank_size 2048 keeps" in page
 
 
 def test_examples_are_the_same_in_the_same_order(start, data, tmp_path):
@@ -95,7 +95,7 @@ def test_examples_are_the_same_in_the_same_order(start, data, tmp_path):
 
 def test_side_by_side_is_the_same(result, start, data, tmp_path):
     _, alone, _ = result
-    names = ("st-contaccum-mean", "contaccum-mean")
+    names = ("st-contaccum", "contaccum")
     command = ["end-to-end", "--data", str(data), "--model", str(start), *SMALL]
     command += ["--methods", ",".join(names), "--processes", "2", "--out", str(tmp_path)]
     assert cli.main(command) == 0
