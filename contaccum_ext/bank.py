@@ -207,10 +207,11 @@ class DualMemoryBank(BankState):
         if self.drift != "mean":
             raise ValueError(f"drift: expected 'mean' to have running means, got {self.drift!r}")
         columns = passages.unsqueeze(1) if passages.dim() == 2 else passages
-        batch = torch.cat([queries.unsqueeze(1), columns], 1).to(self.dtype).to(self.means).mean(0)
-        keep = self.drift_decay * (self.cursor[1] > 0).to(batch)
-        moved = keep * self.means[0] + (1 - keep) * batch
-        self.means[0] = torch.where(batch.isfinite().all(), moved, self.means[0])
+        vectors = torch.cat([queries.unsqueeze(1), columns], 1).to(self.dtype).to(self.means)
+        keep = self.drift_decay * (self.cursor[1] > 0).to(vectors)
+        moved = keep * self.means[0] + (1 - keep) * vectors.mean(0)
+        finite = vectors.square().sum(-1).isfinite().all()  # as the loss asks, but for the scale
+        self.means[0] = torch.where(finite, moved, self.means[0])
         if self.mirror is not None:
             self.mirror.means[0] = self.means[0, :2].flip(0)
 

@@ -81,8 +81,8 @@ def test_one_passage_may_have_no_dimension_of_its_own(device):
     torch.testing.assert_close(bank.means[0, 1].cpu(), passages[:, 0].mean(0))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_batch_that_is_not_finite_moves_nothing(device, value):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e200])
+def test_a_batch_that_the_bank_refuses_moves_nothing(device, value):
     bank = bank_of(ca.DualMemoryBank, device=device)
     first, second = batches(2)
     ca.contaccum_loss(*(x.to(device) for x in first), bank, 2.0)
@@ -109,3 +109,19 @@ def test_without_running_means_it_is_refused(device):
 def test_it_is_for_updates_of_few_batches():
     assert all(anticipates(k) for k in (None, 1, 4, 7))
     assert not any(anticipates(k) for k in (8, 16, 128))
+
+
+def test_it_compiles_with_the_loss(device):
+    compiled_bank, bank = (bank_of(ca.DualMemoryBank, device=device) for _ in range(2))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(queries, passages):
+        compiled_bank.anticipate(queries, passages)
+        return ca.contaccum_loss(queries, passages, compiled_bank, 2.0)
+
+    for batch in batches(3):
+        queries, passages = (x.to(device) for x in batch)
+        bank.anticipate(queries, passages)
+        expected = ca.contaccum_loss(queries, passages, bank, 2.0)
+        torch.testing.assert_close(step(queries, passages), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(compiled_bank.means, bank.means, rtol=1e-12, atol=1e-12)
