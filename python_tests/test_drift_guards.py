@@ -174,6 +174,21 @@ def test_scores_among_banked_vectors_are_of_what_a_library_would_store(option):
     torch.testing.assert_close(view.frozen_passages, expected[:, 1:], rtol=0, atol=1e-10)
 
 
+def test_between_updates_alone_means_correct_old_slots_alone():
+    world = World(rotation)
+    options = {"probes": 30, "ridge": 1e-12, "predict": True, "moved": True, "between": True}
+    correction = make("transport-mean", world.context, options)
+    view = world.run(correction)
+    seen = world.history.view(UPDATES - 1)
+    own = slice(seen.stop - SIZE, seen.stop)
+    old = correction.centred[seen.start : own.start] + correction.means[0]
+    fresh = torch.cat([world.history.queries[own, None], world.history.passages[own]], 1)
+    assert view.shift is None
+    for k in (0, 1):  # the same for all micro-batches
+        torch.testing.assert_close(view.seen(slice(None), k), torch.cat([old, fresh]))
+    torch.testing.assert_close(view.frozen_queries, view.queries)
+
+
 def test_predicted_means_do_not_lag():
     """Means that batches hardly correct are where an exact map takes them."""
 

@@ -130,6 +130,7 @@ def chosen() -> list[Setting]:
             plain = [Setting(data, seed, "inbatch"), *banks(seed, data, "none", (128,))]
             default = Setting(data, seed, bank=512, correction="follow-mean", options=CHOSEN)
             others = [
+                replace(default, options=CHOSEN | {"between": True}),
                 replace(default, options=CHOSEN | {"probes": 32}),
                 replace(default, options=CHOSEN | {"probes": 16}),
                 replace(default, bank=4096),

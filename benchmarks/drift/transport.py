@@ -223,6 +223,8 @@ class TransportMean(Mean):
             beginning; otherwise as they were enqueued.
         turned: score them turned, about the means at which they were enqueued.
         current: see `Mean`.
+        between: the means correct between updates alone. Within one, banked vectors are what they
+            were at its beginning and its own what they are: an op then needs no offsets.
     """
 
     def __init__(
@@ -235,8 +237,10 @@ class TransportMean(Mean):
         moved: bool = False,
         turned: bool = False,
         current: bool = False,
+        between: bool = False,
     ) -> None:
         super().__init__(context, decay, current)
+        self.between = between
         self.moved_among_themselves = moved
         self.enqueued = torch.zeros_like(self.centred) if turned else None  # the means
         self.probe, self.predict = Transport(context, probes, ridge), predict
@@ -250,9 +254,17 @@ class TransportMean(Mean):
 
     def before_loss(self, update: int) -> BankView:
         view = super().before_loss(update)
+        slots = self.history.view(update)
+        if self.between:
+            assert self.means is not None
+            now = self.centred[slots] + self.means[0]
+            own = slice(len(now) - self.history.update_size, None)
+            queries, passages = self._now(update)
+            now[own, 0], now[own, 1:] = queries[own], passages[own]
+            vectors = now[:, 0], now[:, 1:].contiguous()
+            return BankView(*vectors, *vectors)
         if self.enqueued is None:
             return view
-        slots = self.history.view(update)
         frozen = self.centred[slots] + self.enqueued[slots]
         return replace(view, frozen_queries=frozen[:, 0], frozen_passages=frozen[:, 1:])
 
