@@ -11,10 +11,10 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from multiprocessing.context import SpawnContext
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 
@@ -105,11 +105,14 @@ def _side_by_side(
 ) -> Iterator[Outcome]:
     """As each is done. A process has one method and, of several GPUs, one."""
     context = multiprocessing.get_context("spawn")
-    gpus = torch.cuda.device_count() if device.name == "cuda" else 0
+    gpus: Sequence[str | None] = _visible_gpus() if device.name == "cuda" else [None]
+    free: SimpleQueue[str | None] = SimpleQueue()  # places, as many on each GPU as are needed
+    for place in range(options.processes):
+        free.put(gpus[place % len(gpus)])
     with futures.ThreadPoolExecutor(options.processes) as threads:
         running = [
-            threads.submit(_in_process, context, name, (setup, device.name, directory), (at, gpus))
-            for at, name in enumerate(options.methods)
+            threads.submit(_in_process, context, name, (setup, device.name, directory), free)
+            for name in options.methods
         ]
         for done in futures.as_completed(running):
             outcome = done.result()
@@ -117,20 +120,36 @@ def _side_by_side(
             yield outcome
 
 
+def _visible_gpus() -> Sequence[str]:
+    """What CUDA_VISIBLE_DEVICES calls each GPU that this process sees, which may not be all."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(at) for at in range(count)] if named is None else named.split(",")[:count]
+
+
 def _in_process(
-    context: SpawnContext, name: str, given: tuple[Setup, str, Path], place: tuple[int, int]
+    context: SpawnContext,
+    name: str,
+    given: tuple[Setup, str, Path],
+    free: SimpleQueue[str | None],
 ) -> Outcome:
-    # A pool of one: it tells of a process that died, where a plain process leaves its pipe silent.
-    with futures.ProcessPoolExecutor(1, context, _choose_gpu, place) as process:
-        try:
+    gpu, note = free.get(), ""
+    try:
+        # A pool of one: it tells of a process that died, where a plain one leaves its pipe silent.
+        with futures.ProcessPoolExecutor(1, context, _choose_gpu, (gpu,)) as process:
             return process.submit(_measure_alone, name, *given).result()
-        except BrokenProcessPool as error:
-            return Outcome(name, METHODS[name].integration, note=told(error))
+    except SystemExit as error:  # it finds no GPU
+        note = str(error)
+    except Exception as error:  # the other rows are still wanted
+        note = told(error)
+    finally:
+        free.put(gpu)
+    return Outcome(name, METHODS[name].integration, note=note)
 
 
-def _choose_gpu(number: int, gpus: int) -> None:
-    if gpus:  # the trainer of transformers would take all it sees
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
+def _choose_gpu(gpu: str | None) -> None:
+    if gpu is not None:  # the trainer of transformers would take all it sees
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
 
 
 def _measure_alone(name: str, setup: Setup, device_name: str, directory: Path) -> Outcome:

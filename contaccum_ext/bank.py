@@ -29,9 +29,12 @@ class DualMemoryBank(BankState):
         device: where the buffers live.
         drift: "none", or "mean": correct old representations by the shift of their mean.
         drift_decay: decay per micro-batch of the running means that "mean" keeps; 0.9 suits 16
-            micro-batches an update, `mean_decay` says what suits others: means must not lag, and
-            in updates of fewer than eight `anticipate` each batch.
+            micro-batches an update, `mean_decay` says what suits others: means must not lag.
         layout: how slots are grouped; the default suits the capacity.
+        anticipate: put each batch into the running means of "mean" before its own loss, not after
+            it. For updates of fewer than eight micro-batches, where means that wait lag by a good
+            part of an update; with one, that ruins training (docs/drift.md). Not where `transport`
+            moves the means: there it does harm.
         learn_temperature: keep what the gradient of a temperature needs, a second table as large
             as the first.
         symmetric: for ``contaccum_loss(symmetric=True)``: keep queries and positives a second time,
@@ -60,6 +63,7 @@ class DualMemoryBank(BankState):
         drift_decay: float = 0.9,
         layout: BankLayout | None = None,
         *,
+        anticipate: bool = False,
         learn_temperature: bool = False,
         symmetric: bool = False,
     ) -> None:
@@ -73,6 +77,9 @@ class DualMemoryBank(BankState):
         self.drift_decay = validation.number("drift_decay", drift_decay)
         if not 0 <= self.drift_decay < 1:
             raise ValueError(f"drift_decay: expected a number in [0, 1), got {drift_decay}")
+        self.anticipate = validation.instance("anticipate", anticipate, bool)
+        if anticipate and drift != "mean":
+            raise ValueError(f"anticipate: expected False with drift={drift!r}, got True")
         layout = layout or BankLayout.default(capacity)
         self.layout = validation.instance("layout", layout, BankLayout)
         self.learn_temperature = validation.instance("learn_temperature", learn_temperature, bool)
@@ -81,8 +88,10 @@ class DualMemoryBank(BankState):
         self._uses, self._next_check = 0, 1
         self.mirror = None
         if validation.instance("symmetric", symmetric, bool):
-            learn, same = learn_temperature, (dtype, device, drift, drift_decay, layout)
-            self.mirror = DualMemoryBank(capacity, dim, 1, *same, learn_temperature=learn)
+            same = (dtype, device, drift, drift_decay, layout)
+            self.mirror = DualMemoryBank(
+                capacity, dim, 1, *same, anticipate=anticipate, learn_temperature=learn_temperature
+            )
             self.mirror._is_mirror = True
         for name, (shape, kind) in self._shapes(dtype).items():
             self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
@@ -189,31 +198,31 @@ class DualMemoryBank(BankState):
             self.mirror.set_offsets(passage_offsets[:, 0], query_offsets[:, None])
 
     @torch.no_grad()
-    def anticipate(self, queries: Tensor, passages: Tensor) -> None:
-        """Move the running means of ``drift="mean"`` toward a batch before its own loss.
+    def ahead(
+        self,
+        queries: Tensor,
+        passages: Tensor,
+        scale: float = 1.0,
+        companions: Tensor | None = None,
+    ) -> Tensor:
+        """(1 + m, d): how far a batch moves the running means before its own loss; else zeros.
 
-        The loss moves them only afterwards. Where an update has one batch or a few they are then
-        those of the weights before the last step, and a model learns to tell age by the difference
-        (docs/drift.md). Not needed where `transport` moves the means. Nothing waits for the device;
-        a batch that is not finite moves nothing.
+        Zeros too where the batch may not enter the bank. Nothing waits for the device.
 
         Args:
             queries: (n, d) floating.
-            passages: (n, m, d) or (n, d) floating.
-
-        Raises:
-            ValueError: the bank keeps no running means.
+            passages: (n, m, d) floating.
+            scale: that scores are multiplied by.
+            companions: (n, k, d) floating vectors that must be finite too.
         """
-        if self.drift != "mean":
-            raise ValueError(f"drift: expected 'mean' to have running means, got {self.drift!r}")
-        columns = passages.unsqueeze(1) if passages.dim() == 2 else passages
-        vectors = torch.cat([queries.unsqueeze(1), columns], 1).to(self.dtype).to(self.means)
-        keep = self.drift_decay * (self.cursor[1] > 0).to(vectors)
-        moved = keep * self.means[0] + (1 - keep) * vectors.mean(0)
-        finite = vectors.square().sum(-1).isfinite().all()  # as the loss asks, but for the scale
-        self.means[0] = torch.where(finite, moved, self.means[0])
-        if self.mirror is not None:
-            self.mirror.means[0] = self.means[0, :2].flip(0)
+        if not self.anticipate:
+            return torch.zeros_like(self.means[0])
+        batch = torch.cat([queries.unsqueeze(1), passages], 1).to(self.dtype).to(self.means)
+        others = batch if companions is None else companions.to(self.dtype).to(self.means)
+        sizes = [scale * vectors.square().sum(-1) for vectors in (batch, others)]
+        finite = sizes[0].isfinite().all() & sizes[1].isfinite().all()
+        keep = self.drift_decay * (self.cursor[1] > 0).to(batch)
+        return torch.where(finite, (1 - keep) * (batch.mean(0) - self.means[0]), 0.0)
 
     @property
     def window(self) -> int:

@@ -26,6 +26,7 @@ class BankState(nn.Module):
     passages_per_query: int
     drift: str
     drift_decay: float
+    anticipate: bool
     learn_temperature: bool
     layout: BankLayout
     mirror: DualMemoryBank | None  # rows and columns exchanged, where the loss is symmetric
@@ -115,7 +116,7 @@ class BankState(nn.Module):
             self._has_ids = has_ids
 
     def get_extra_state(self) -> Tensor:
-        """(10,) float64: what is not a buffer; -1 for None."""
+        """(11,) float64: what is not a buffer; -1 for None."""
         has_ids = -1 if self._has_ids is None else int(self._has_ids)
         window = -1 if self._window is None else self._window
         scale = -1.0 if self._scale is None else self._scale
@@ -126,10 +127,11 @@ class BankState(nn.Module):
         """What must be the same for a state to mean the same, beside the buffers' shapes."""
         table = self.layout
         decay = self.drift_decay if self.drift == "mean" else -1.0
-        return (DRIFT.index(self.drift), table.group, table.offset_block, table.block, decay)
+        sizes = (table.group, table.offset_block, table.block)
+        return (DRIFT.index(self.drift), *sizes, decay, int(self.anticipate))
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take the state (10,) that ``get_extra_state`` gave."""
+        """Take the state (11,) that ``get_extra_state`` gave."""
         scale, has_ids, window, summed, manual = state[:5].tolist()
         self._scale = None if scale < 0 else scale
         self._has_ids = None if has_ids < 0 else bool(has_ids)
@@ -138,7 +140,7 @@ class BankState(nn.Module):
 
     def _differences(self, state_dict: dict, prefix: str) -> list[str]:
         """What makes a state that of another bank, the mirror's part included."""
-        wanted = {**self._shapes(self.bank_queries.dtype), "_extra_state": ((10,), torch.float64)}
+        wanted = {**self._shapes(self.bank_queries.dtype), "_extra_state": ((11,), torch.float64)}
         errors = []
         for name, (shape, dtype) in wanted.items():
             given = state_dict.get(prefix + name, "missing")
@@ -153,7 +155,7 @@ class BankState(nn.Module):
             identity = tuple(state_dict[prefix + "_extra_state"][5:].tolist())
             if identity != self._identity():
                 layout = "layout.group, layout.offset_block, layout.block"
-                names = f"(drift of {DRIFT}, {layout}, drift_decay)"
+                names = f"(drift of {DRIFT}, {layout}, drift_decay, anticipate)"
                 errors.append(f"{prefix}bank: expected {names} {self._identity()}, got {identity}")
         if self.mirror is not None:
             errors += self.mirror._differences(state_dict, f"{prefix}mirror.")

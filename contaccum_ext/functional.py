@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contaccum_ext import ops, validation
+from contaccum_ext import arguments, ops, validation
 from contaccum_ext.bank import DualMemoryBank
 from contaccum_ext.layout import BankLayout
 
@@ -81,12 +81,12 @@ def contaccum_loss(
     Source: ContAccum, arXiv 2406.12356, equations 5-9; the other direction as in CLIP,
     arXiv 2103.00020, section 2.3.
     """
-    _check_arguments(queries, passages, bank, passage_ids)
+    arguments.check_arguments(queries, passages, bank, passage_ids)
     validation.choice("row_weighting", row_weighting, _ROW_WEIGHTING)
     validation.choice("banks", banks, _BANKS)
     learned = None
     if isinstance(temperature, Tensor):
-        scale = 1.0 / _value_of(temperature)
+        scale = 1.0 / arguments.value_of(temperature)
         learned = temperature if temperature.requires_grad and torch.is_grad_enabled() else None
     else:
         scale = 1.0 / validation.positive("temperature", temperature)
@@ -102,6 +102,8 @@ def contaccum_loss(
         )
     columns = passages.unsqueeze(1) if passages.dim() == 2 else passages
     options = _Options(scale, learned, row_weighting == "all", banks, enqueue)
+    if bank is not None and bank.anticipate:
+        arguments.check_shapes(queries, columns, passage_ids, bank, passages.dim() == 2)
     if not symmetric:
         if enqueue and bank is not None and bank.mirror is not None:
             raise ValueError(
@@ -109,11 +111,14 @@ def contaccum_loss(
                 "take the batch, got False"
             )
         return _one_direction(queries, columns, passage_ids, bank, options)
-    _check_symmetric(queries, columns, passage_ids, bank, banks, passages.dim() == 2)
+    arguments.check_symmetric(bank, banks)
+    arguments.check_shapes(queries, columns, passage_ids, bank, passages.dim() == 2)
     return _both_directions(queries, columns, passage_ids, bank, options)
 
 
-def _one_direction(queries, columns, passage_ids, bank, options, companions=None) -> Tensor:
+def _one_direction(
+    queries, columns, passage_ids, bank, options, companions=None, means_moved=False
+) -> Tensor:
     """() loss with queries (n, d) for rows and passages (n, m, d) for columns."""
     o = options
     if bank is None:
@@ -123,9 +128,13 @@ def _one_direction(queries, columns, passage_ids, bank, options, companions=None
         buffers, layout, window = bank.buffers_in_order(), bank.layout, bank.window_blocks()
         rebuild, use_offsets = bank.pending_rebuild(o.scale, window), bank.use_offsets
         decay = bank.drift_decay if bank.drift == "mean" else -1.0
+        if bank.anticipate:
+            if not means_moved:
+                return _anticipating(queries, columns, passage_ids, bank, options, companions)
+            decay = -1.0
     needs_scale_grad = o.temperature is not None
     needs_grad = torch.is_grad_enabled() and (queries.requires_grad or columns.requires_grad)
-    arguments = (
+    given = (
         queries,
         columns,
         passage_ids,
@@ -145,14 +154,33 @@ def _one_direction(queries, columns, passage_ids, bank, options, companions=None
         rebuild,
     )
     if needs_grad or needs_scale_grad:
-        loss = _BankedLoss.apply(queries, columns, o.temperature, o.scale, arguments)
+        loss = _BankedLoss.apply(queries, columns, o.temperature, o.scale, given)
     else:
-        loss = ops.banked_loss_(*arguments)[0]
+        loss = ops.banked_loss_(*given)[0]
     if bank is not None:
         bank.accept(o.scale, window, passage_ids is not None if o.enqueue else None)
         if not torch.compiler.is_compiling():
             # C++ kernels do not bump versions: keep autograd's check of saved tensors alive.
             torch.autograd.graph.increment_version([b for b in buffers if b is not None])
+    return loss
+
+
+def _anticipating(queries, columns, passage_ids, bank, options, companions) -> Tensor:
+    """() loss with the batch in the running means before it, and not again behind it."""
+    before = bank.means[0].clone()
+    with torch.no_grad():
+        bank.means[0] += bank.ahead(queries, columns, options.scale, companions)
+    batch = (queries, columns, passage_ids, bank, options, companions)
+    if torch.compiler.is_compiling():
+        loss = _one_direction(*batch, means_moved=True)
+    else:
+        try:
+            loss = _one_direction(*batch, means_moved=True)
+        except BaseException:
+            bank.means[0] = before
+            raise
+    if not options.enqueue:
+        bank.means[0] = before
     return loss
 
 
@@ -221,78 +249,8 @@ class _SecondDerivative(torch.autograd.Function):
         )
 
 
-def _value_of(temperature: Tensor) -> float:
-    """The value of a temperature that is a tensor; the host waits for it."""
-    if not temperature.is_floating_point():
-        raise TypeError(f"temperature: expected a floating tensor, got {temperature.dtype}")
-    if temperature.numel() != 1:
-        raise ValueError(f"temperature: expected one element, got shape {tuple(temperature.shape)}")
-    return validation.positive("temperature", temperature.item())
-
-
 def _no_bank(queries: Tensor, passages: Tensor) -> tuple[Tensor | None, ...]:
     """Buffers of a bank without slots, in the order of the schema."""
     shapes = _NO_LAYOUT.buffers(0, passages.shape[1], queries.shape[-1], queries.dtype)
     buffers = (queries.new_zeros(shape, dtype=dtype) for shape, dtype in shapes.values())
     return (*buffers, None)
-
-
-def _check_arguments(queries, passages, bank, passage_ids) -> None:
-    """What the op cannot say as well: kinds of object, devices, ids given sometimes."""
-    if bank is not None:
-        validation.instance("bank", bank, DualMemoryBank)
-        bank.check_process()
-    validation.instance("queries", queries, Tensor)
-    device = queries.device if bank is None else bank.device
-    _check_tensor("queries", queries, device)
-    _check_tensor("passages", passages, device)
-    if passage_ids is not None:
-        _check_tensor("passage_ids", passage_ids, device)
-    if queries.dim() != 2:
-        raise ValueError(f"queries: expected shape (n, d), got {tuple(queries.shape)}")
-    if passages.dim() not in (2, 3):
-        raise ValueError(
-            f"passages: expected shape (n, m, d) or (n, d), got {tuple(passages.shape)}"
-        )
-    given = passage_ids is not None
-    if bank is not None and bank.conflicts_with_ids(given):
-        stored, came = ("without", "some") if given else ("with", "none")
-        raise ValueError(
-            f"passage_ids: expected as in the bank, which was filled {stored} ids, got {came}; "
-            "clear the bank to change"
-        )
-
-
-def _check_symmetric(queries, columns, passage_ids, bank, banks, squeezed) -> None:
-    """What the op would say in the words of the other direction, and what it cannot say."""
-    if banks != "both":
-        raise ValueError(f"banks: expected 'both' with symmetric=True, got {banks!r}")
-    if bank is not None and bank.mirror is None:
-        raise ValueError(
-            "symmetric: expected False, since the bank was made without symmetric=True, got True"
-        )
-    (n, d), m = queries.shape, columns.shape[1]
-    if bank is not None:
-        m, d = bank.passages_per_query, bank.dim
-    expected: list = [("queries", queries, (n, d)), ("passages", columns, (n, m, d))]
-    if passage_ids is not None:
-        expected.append(("passage_ids", passage_ids, (n, m)))
-        if passage_ids.dtype != torch.int64:
-            raise TypeError(f"passage_ids: expected int64, got {passage_ids.dtype}")
-    if not queries.is_floating_point():
-        kinds = "float32, float64, bfloat16 or float16"
-        raise TypeError(f"queries: expected dtype {kinds}, got {queries.dtype}")
-    for name, tensor, shape in expected:
-        if tuple(tensor.shape) != shape or 0 in shape:
-            came = tuple(tensor.shape)
-            if tensor is columns and squeezed:
-                came, shape = (came[0], came[2]), shape if m > 1 else (n, d)
-            raise ValueError(f"{name}: expected shape {shape}, got {came}")
-    if columns.dtype != queries.dtype:
-        raise TypeError(f"passages: expected {queries.dtype} as queries, got {columns.dtype}")
-
-
-def _check_tensor(name: str, tensor: Tensor, device: torch.device) -> None:
-    validation.instance(name, tensor, Tensor)
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")

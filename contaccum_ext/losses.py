@@ -91,6 +91,7 @@ class ContAccumLoss(nn.Module):
         device: where the bank lives.
         drift: "none", or "mean": correct old representations by the shift of their mean.
         drift_decay: decay per micro-batch of the means; see `mean_decay`.
+        anticipate: for updates of fewer than eight micro-batches; see `DualMemoryBank`.
         learn_temperature: begin with `temperature` and learn it, with the exact gradient of the
             whole loss: ``learned.log_scale`` is a parameter to be handed to the optimizer, without
             weight decay. Each call then waits for the device once.
@@ -116,6 +117,7 @@ class ContAccumLoss(nn.Module):
         device: torch.device | str | None = None,
         drift: str = "none",
         drift_decay: float = 0.9,
+        anticipate: bool = False,
         learn_temperature: bool = False,
         max_scale: float = MAX_SCALE,
         symmetric: bool = False,
@@ -129,6 +131,7 @@ class ContAccumLoss(nn.Module):
             device,
             drift,
             drift_decay,
+            anticipate=anticipate,
             learn_temperature=learn_temperature,
             symmetric=symmetric,
         )

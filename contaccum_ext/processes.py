@@ -66,15 +66,29 @@ def refuse_broadcast(buffer: Tensor) -> None:
     Raises:
         RuntimeError: there is such a wrapper.
     """
+    name = _broadcast_as(buffer)
+    if name is not None:
+        gc.collect()  # a wrapper that was thrown away may still be there, in a reference cycle
+        name = _broadcast_as(buffer)
+    if name is not None:
+        raise RuntimeError(
+            f"bank: expected one that each process keeps for itself, got {name} of a "
+            f"DistributedDataParallel module, which replaces it by the first process's at "
+            f"every forward; wrap contaccum_ext.keep_banks_from_ddp(module) instead, or "
+            f"leave the bank out of the module"
+        )
+
+
+def _broadcast_as(buffer: Tensor) -> str | None:
+    """The name by which a wrapper replaces a buffer; None if none does."""
     wrappers = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
     for wrapper in wrappers:
-        if not wrapper.broadcast_buffers or dist.get_world_size(wrapper.process_group) == 1:
+        # One whose making has failed does not have it, and replaces nothing.
+        if not getattr(wrapper, "broadcast_buffers", False):
+            continue
+        if dist.get_world_size(wrapper.process_group) == 1:
             continue
         for name, found in wrapper.module.named_buffers():
             if found is buffer and name not in wrapper.parameters_to_ignore:
-                raise RuntimeError(
-                    f"bank: expected one that each process keeps for itself, got {name} of a "
-                    f"DistributedDataParallel module, which replaces it by the first process's at "
-                    f"every forward; wrap contaccum_ext.keep_banks_from_ddp(module) instead, or "
-                    f"leave the bank out of the module"
-                )
+                return name
+    return None

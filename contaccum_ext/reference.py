@@ -1,8 +1,7 @@
 """The one oracle: ContAccum's loss in plain PyTorch, over the full (n + F) x (n + F)m matrix.
 
-Everything the kernels do is defined here in a few readable lines, at quadratic cost. Sources:
-ContAccum (arXiv 2406.12356), equations 5-9, and this project's additions (offsets, window, masking,
-row weights).
+Everything the kernels do is defined here in a few readable lines, at quadratic cost: ContAccum
+(arXiv 2406.12356), equations 5-9, and this project's offsets, window, masking and row weights.
 """
 
 from __future__ import annotations
@@ -24,14 +23,11 @@ class _Slot:
     query: Tensor  # (d,)
     passages: Tensor  # (m, d)
     ids: Tensor  # (m,) int64, -1 where there is none
-    # (lap around the ring, offset block): slots that share a stored mean
-    generation: tuple[int, int]
+    generation: tuple[int, int]  # lap around the ring, offset block: who shares a stored mean
 
 
 class DualMemoryBank:
-    """The bank as a Python list: newest slot last, oldest slot dropped. No ring, no table.
-
-    The part of `contaccum_ext.DualMemoryBank` that `contaccum_loss` reads. Nothing is checked.
+    """The bank as a list, oldest slot first: no ring, no table; nothing is checked.
 
     Args:
         capacity: slots C.
@@ -40,7 +36,8 @@ class DualMemoryBank:
         dtype: what representations are rounded to on entry.
         drift: "none" or "mean".
         drift_decay: decay per micro-batch of the running means.
-        layout: offset_block slots share a mean, block is what a window is rounded to.
+        layout: offset_block slots share a mean; a window is rounded to whole blocks.
+        anticipate: a batch's own loss sees the means that it moves.
 
     Source: ContAccum, arXiv 2406.12356, section 3.1; window and drift are this project's.
     """
@@ -54,9 +51,11 @@ class DualMemoryBank:
         drift: str = "none",
         drift_decay: float = 0.9,
         layout: BankLayout | None = None,
+        anticipate: bool = False,
     ) -> None:
         self.capacity, self.dim, self.passages_per_query = capacity, dim, passages_per_query
         self.dtype, self.drift, self.drift_decay = dtype, drift, drift_decay
+        self.anticipate = anticipate
         self.layout = layout or BankLayout.default(capacity)
         self.window: int | None = None
         self.clear()
@@ -84,18 +83,15 @@ class DualMemoryBank:
 
     def passage_ids(self) -> Tensor:
         """(F, m) int64."""
-        ids = [slot.ids for slot in self.slots]
-        none = torch.zeros(0, self.passages_per_query, dtype=torch.int64)
-        return torch.stack(ids) if ids else none
+        return self._stack([slot.ids for slot in self.slots], (self.passages_per_query,)).long()
 
     def _stack(self, rows: list[Tensor], shape: tuple[int, ...]) -> Tensor:
         return torch.stack(rows) if rows else torch.zeros(0, *shape, dtype=self.dtype)
 
     def _offsets(self) -> Tensor:
         """(F, 1 + m, d): running mean now minus the mean stored with each slot's generation."""
-        if not self.slots:
-            return torch.zeros(0, *self.mean.shape, dtype=self.mean.dtype)
-        return torch.stack([self.mean - self.block_means[s.generation][1] for s in self.slots])
+        then = [self.block_means[slot.generation][1] for slot in self.slots]
+        return self.mean - torch.stack(then) if then else self.mean.new_zeros(0, *self.mean.shape)
 
     def query_offsets(self) -> Tensor:
         """(F, d) added to banked queries where they meet local passages."""
@@ -116,11 +112,18 @@ class DualMemoryBank:
             offset = torch.cat([query_offsets[block : block + 1], passage_offsets[block]])
             self.block_means[lap, block] = (count, self.mean - offset.to(self.mean.dtype))
 
-    def anticipate(self, queries: Tensor, passages: Tensor) -> None:
-        """Move the running means toward queries (n, d) and passages (n, m, d) of a batch."""
-        batch = torch.cat([queries[:, None], passages], 1).detach().to(self.dtype)
-        keep = self.drift_decay if self.slots else 0.0
-        self.mean = keep * self.mean + (1 - keep) * batch.to(self.mean.dtype).mean(0)
+    def ahead(self, queries: Tensor, passages: Tensor) -> Tensor:
+        """(1 + m, d): how far a batch moves the means before its own loss.
+
+        Args:
+            queries: (n, d) floating.
+            passages: (n, m, d) floating.
+        """
+        return self._move(queries, passages) if self.anticipate else torch.zeros_like(self.mean)
+
+    def _move(self, queries: Tensor, passages: Tensor) -> Tensor:
+        batch = torch.cat([queries[:, None], passages], 1).detach().to(self.dtype).to(self.mean)
+        return (1 - self.drift_decay * bool(self.slots)) * (batch.mean(0) - self.mean)
 
     def transport(self, old: Tensor, new: Tensor, kind: str, ridge: float, normalize: bool) -> None:
         """Move banked vectors as probes have moved; with drift="mean" about their running means.
@@ -146,8 +149,7 @@ class DualMemoryBank:
         for slot in self.slots:
             v = slot.query[None] if kind == "queries" else slot.passages
             if self.drift == "mean":
-                then = self.block_means[slot.generation][1][part].double()
-                rest = v.double() - then
+                rest = v.double() - self.block_means[slot.generation][1][part].double()
                 there = mean + rest + rest @ slope
             else:
                 there = image(v) / (image(v).norm(dim=-1, keepdim=True) if normalize else 1)
@@ -161,22 +163,20 @@ class DualMemoryBank:
 
     def effective_window(self) -> int:
         """Newest slots in use: the started block plus ceil(window / block) whole ones."""
-        return self.layout.effective_window(
-            self.capacity, self.written % self.capacity, self.window
-        )
+        head = self.written % self.capacity
+        return self.layout.effective_window(self.capacity, head, self.window)
 
     def enqueue(self, queries: Tensor, passages: Tensor, passage_ids: Tensor | None = None) -> None:
         """Append queries (n, d), passages (n, m, d) and passage_ids (n, m) int64, one by one."""
-        n = queries.shape[0]
         queries, passages = queries.detach().to(self.dtype), passages.detach().to(self.dtype)
         if passages.dim() == 2:
             passages = passages[:, None]
         self.has_ids = passage_ids is not None
         if passage_ids is None:
-            passage_ids = torch.full((n, self.passages_per_query), -1, dtype=torch.int64)
+            passage_ids = torch.full((len(queries), self.passages_per_query), -1, dtype=torch.int64)
         if self.drift == "mean":
-            self.anticipate(queries, passages)
-        for i in range(n):
+            self.mean = self.mean + self._move(queries, passages)
+        for i in range(len(queries)):
             lap, position = divmod(self.written, self.capacity)
             generation = (lap, position // self.layout.offset_block)
             count, mean = self.block_means.get(generation, (0, torch.zeros_like(self.mean)))
@@ -207,7 +207,7 @@ def contaccum_loss(
 ) -> Tensor:
     """Same arguments and result as `contaccum_ext.contaccum_loss`, over the full matrix.
 
-    It is differentiable as often as one likes, and nothing is checked.
+    Differentiable as often as one likes; nothing is checked.
 
     Args:
         queries: (n, d) floating.
@@ -242,8 +242,9 @@ def contaccum_loss(
     if used:
         newest = slice(len(bank) - used, None)
         bank_q, bank_p = bank.queries()[newest].to(compute), bank.passages()[newest].to(compute)
-        epsilon = bank.query_offsets()[newest].to(compute)
-        delta = bank.passage_offsets()[newest].to(compute)
+        ahead = bank.ahead(queries.detach(), passages.detach())
+        epsilon = (bank.query_offsets() + ahead[0])[newest].to(compute)
+        delta = (bank.passage_offsets() + ahead[1:])[newest].to(compute)
     else:
         bank_q, bank_p = q.new_zeros(0, d), p.new_zeros(0, m, d)
         epsilon, delta = torch.zeros_like(bank_q), torch.zeros_like(bank_p)
@@ -255,8 +256,7 @@ def contaccum_loss(
             torch.cat([(bank_q + epsilon) @ local_columns.T, bank_q @ banked_columns.T], 1),
         ]
     )
-    rows, columns = torch.arange(n + used), torch.arange((n + used) * m)
-    rows, columns = rows.to(q.device), columns.to(q.device)
+    rows, columns = (torch.arange((n + used) * k, device=q.device) for k in (1, m))
     target = rows * m
     is_target = columns == target[:, None]
     absent = torch.zeros_like(is_target)

@@ -50,7 +50,8 @@ def recall_at_20() -> float:
 
 print(f"Recall@20 before training: {recall_at_20():.3f}")
 decay = ca.mean_decay(ACCUMULATION)  # means must not lag behind the model
-bank = ca.DualMemoryBank(256, 128, drift="mean", drift_decay=decay)  # 1. eight updates' worth
+# 1. Eight updates' worth. An update is of few micro-batches, so each is in its own loss's means.
+bank = ca.DualMemoryBank(256, 128, drift="mean", drift_decay=decay, anticipate=True)
 
 for update in range(UPDATES):
     total = 0.0
@@ -60,11 +61,10 @@ for update in range(UPDATES):
         passages = encode(
             passage_encoder, [dataset.corpus[example.positives[0]].full() for example in examples]
         )  # (n, d)
-        bank.anticipate(queries, passages)  # 2. since an update is of few micro-batches
-        loss = ca.contaccum_loss(queries, passages, bank, temperature=0.05)  # 3. and enqueue
-        (loss / ACCUMULATION).backward()  # 4. as in any gradient accumulation
+        loss = ca.contaccum_loss(queries, passages, bank, temperature=0.05)  # 2. and enqueue
+        (loss / ACCUMULATION).backward()  # 3. as in any gradient accumulation
         total += loss.item() / ACCUMULATION
-    optimizer.step()  # 5.
+    optimizer.step()  # 4.
     optimizer.zero_grad()
     if update % 50 == 0:
         print(f"update {update}: loss {total:.2f}, {len(bank)} of {bank.capacity} slots filled")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 for package in ("sentence_transformers", "accelerate", "datasets"):
     pytest.importorskip(package, reason=f"{package} is not installed")
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:  # benchmarks/ is not installed with the package
     sys.path.insert(0, str(ROOT))
 
+import end_to_end_children  # noqa: E402
 from tiny_retriever import write_tiny_data  # noqa: E402
 
 from benchmarks import cli, end_to_end, report  # noqa: E402
@@ -105,6 +107,43 @@ def test_side_by_side_is_the_same(result, start, data, tmp_path):
     for name in names:
         assert rows[name]["ndcg_at_10"] == alone[name]["ndcg_at_10"], name
     assert "2 methods at a time share the machine" in table.with_suffix(".md").read_text()
+
+
+def side_by_side(monkeypatch, measure, names, device, directory) -> dict[str, str]:
+    """What each method's row notes, where children do `measure`, two at a time."""
+    monkeypatch.setattr(end_to_end, "_measure_alone", measure)
+    options = end_to_end.EndToEndOptions(directory, directory, methods=names, processes=2)
+    outcomes = list(end_to_end._side_by_side(options, None, device, directory))
+    assert all(row.integration == end_to_end.METHODS[row.method].integration for row in outcomes)
+    return {row.method: row.note for row in outcomes}
+
+
+def test_a_child_that_fails_has_a_row_and_leaves_the_others(tmp_path, monkeypatch):
+    names = tuple(end_to_end_children.ENDS)
+    notes = side_by_side(monkeypatch, end_to_end_children.end, names, CpuDevice(), tmp_path)
+    assert notes.pop("gradaccum").startswith("BrokenProcessPool: A process in the process pool")
+    assert notes == {
+        "contaccum-128": "ValueError: out of something",
+        "contaccum": "no CUDA device",
+        "st-mnrl": "measured",
+    }
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"), [("5,GPU-7c,-1,6", {"5", "GPU-7c"}), (None, {"0", "1"})]
+)
+def test_a_method_has_the_gpu_that_is_free(tmp_path, monkeypatch, visible, gpus):
+    """The first one is at work until the third is done, so that two share the other GPU."""
+    device = CpuDevice()
+    device.name = "cuda"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    names = ("gradaccum", "contaccum-128", "contaccum")
+    found = side_by_side(monkeypatch, end_to_end_children.tell_gpu, names, device, tmp_path)
+    assert {found["gradaccum"], found["contaccum"]} == gpus
+    assert found["contaccum-128"] == found["contaccum"]
 
 
 def test_some_methods_and_updates_and_failures_that_leave_the_others(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.drift import cli, harm, rows, tables
+from benchmarks.drift.bank_tables import CHOSEN
 from benchmarks.drift.report import brief
 from benchmarks.drift.settings import Setting, from_row
 from benchmarks.drift.summary import amounts, summary
@@ -60,6 +61,22 @@ def test_the_commands_print_and_draw(tmp_path, capsys):
     picture = tmp_path / "drift.png"
     assert cli.main(["figure", "--rows", str(tmp_path / "rows.jsonl"), "--out", str(picture)]) == 0
     assert picture.read_bytes()[1:4] == b"PNG"
+
+
+def test_what_has_not_been_run_yet_is_left_out():
+    plain, chosen, corrected = (
+        row(bank(*kind, epochs=1, options=options), ndcg, [])
+        for kind, options, ndcg in (
+            ((128,), {}, 0.6),
+            ((512, "follow-mean"), CHOSEN, 0.6125),
+            ((256, "mean"), {}, 0.625),
+        )
+    )
+    for table, line in ((summary, chosen), (amounts, corrected)):
+        assert len(table([], "squad_sent").splitlines()) == 2
+        assert len(table([line], "squad_sent").splitlines()) == 2  # nothing to compare with
+        assert "epochs=1 " in table([plain, line], "squad_sent")
+    assert "| +0.0250 (1) |" in amounts([plain, corrected], "squad_sent")
 
 
 def test_equal_values_share_a_rank():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from contextlib import nullcontext
 
@@ -139,6 +140,28 @@ class WithBankBeside(nn.Module):
         return self.encoder(x)
 
 
+def with_wrappers_out_of_use(x):
+    """What using a bank says, for wrappers that were discarded or never made."""
+    said = {}
+    module = WithBankBeside()
+    gc.disable()  # it might happen to run in between
+    wrapper = DistributedDataParallel(module)
+    wrapper.__dict__["itself"] = wrapper  # only the garbage collector can find that it is unused
+    del wrapper
+    failed = DistributedDataParallel.__new__(DistributedDataParallel)
+    try:
+        failed.__init__(ca.DualMemoryBank(9, 4))
+    except RuntimeError as error:
+        said["failed"] = str(error)
+    try:
+        ca.contaccum_loss(module(x), module(x), module.bank)
+    except (RuntimeError, AttributeError) as error:
+        said["out of use"] = str(error)
+    finally:
+        gc.enable()
+    return said
+
+
 def refusals():
     """What using the bank says, for each way of wrapping the module around it."""
     said = {}
@@ -166,6 +189,7 @@ def refusals():
         wrapper(*micro_batch(0, dist.get_rank()))
     except RuntimeError as error:
         said["inside"] = str(error)
+    said |= with_wrappers_out_of_use(x)
     try:
         ca.keep_banks_from_ddp(wrapper)
     except TypeError as error:
@@ -180,6 +204,8 @@ def test_banks_that_would_be_replaced_are_refused_in_every_process(tmp_path):
         assert "got bank.cursor of a DistributedDataParallel module" in said["wrapped"]
         assert "got loss.bank.cursor of a DistributedDataParallel module" in said["inside"]
         assert "keep_banks_from_ddp(module)" in said["inside"]
+        assert "any parameter that requires a gradient" in said["failed"]
+        assert "out of use" not in said
         assert said["too late"].endswith("to be wrapped, got a DistributedDataParallel")
 
 

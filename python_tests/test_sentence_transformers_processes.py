@@ -127,7 +127,7 @@ def texts_of_probes(kept) -> list[tuple]:
 
 
 def interrupt(start, output: Path):
-    """A run whole, resumed, and then resumed without the second process's banks."""
+    """A run whole, resumed, and then resumed with the second process's banks broken, and gone."""
     found = {}
     data = dataset(40, 1)
     rank = torch.distributed.get_rank()
@@ -141,14 +141,18 @@ def interrupt(start, output: Path):
     run = trainer(start, output / "part", everything, data=data)
     run.train(resume_from_checkpoint=True)
     found["resumed"] = state_of(run)
-    torch.distributed.barrier()
-    if rank == 1:
-        (checkpoint / FILES[1]).unlink()
-    torch.distributed.barrier()
-    run = trainer(start, output / "part", everything, data=data, save_strategy="no")
-    with pytest.raises(RuntimeError) as said:
-        run.train(resume_from_checkpoint=str(checkpoint))
-    found["said"] = str(said.value)
+    for damage in ("truncated", "gone"):
+        torch.distributed.barrier()
+        if rank == 1:
+            content = (checkpoint / FILES[1]).read_bytes()
+            (checkpoint / FILES[1]).unlink()
+            if damage == "truncated":
+                (checkpoint / FILES[1]).write_bytes(content[: len(content) // 2])
+        torch.distributed.barrier()
+        run = trainer(start, output / "part", everything, data=data, save_strategy="no")
+        with pytest.raises(RuntimeError) as said:
+            run.train(resume_from_checkpoint=str(checkpoint))
+        found[damage] = str(said.value)
     return found
 
 
@@ -163,10 +167,12 @@ def test_each_process_resumes_with_its_own_banks_to_the_bit(two_layers, tmp_path
         assert resumed["probes"] == whole["probes"]
         assert whole["probes"] == [row for rows in whole["anchors"] for row in rows][:6]
         assert found["files"] == list(FILES)
-        assert "resume: the run goes on from step 3, but its banks" in found["said"]
-        assert f"{FILES[1]}: no such file" in found["said"]
+        assert f"{FILES[1]}: no such file" in found["gone"]
+        assert f"{FILES[1]}: cannot be read as a file of banks (" in found["truncated"]
     first, second = both
-    assert first["said"] == second["said"] and first["said"].startswith("process 1: ")
+    for damage in ("truncated", "gone"):
+        assert first[damage] == second[damage]
+        assert first[damage].startswith("process 1: resume: the run goes on from step 3, but its")
     assert_same_bits(first["whole"]["weights"], second["whole"]["weights"])
     assert first["whole"]["probes"] != second["whole"]["probes"]
     name = "banks.16x2.bank_queries"
@@ -248,6 +254,23 @@ def test_an_automatic_bank_is_at_most_the_processs_part_of_the_training_set(
         train_dataloader=torch.utils.data.DataLoader(dataset(rows)),
     )
     assert memory(run).capacity == capacity
+
+
+@pytest.mark.parametrize("error", [TypeError, AttributeError])
+def test_a_training_set_that_cannot_tell_its_length_is_of_unknown_size(start, tmp_path, error):
+    class Wrapper(torch.utils.data.Dataset):
+        def __len__(self):
+            raise error("of a part that has none")
+
+    run = trainer(start, tmp_path, ContAccumLoss)
+    ContAccumCallback(run.loss).on_train_begin(
+        run.args,
+        run.state,
+        run.control,
+        model=run.model,
+        train_dataloader=torch.utils.data.DataLoader(Wrapper()),
+    )
+    assert memory(run).capacity == 8 * BATCH * ACCUMULATION
 
 
 def test_warnings_say_whose_bank_they_are_about(start, tmp_path, monkeypatch, caplog):

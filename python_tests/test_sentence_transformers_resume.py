@@ -180,13 +180,67 @@ def test_probes_of_another_number_are_refused(start, tmp_path):
         run.train(resume_from_checkpoint=True)
 
 
-def test_a_later_format_is_refused(start, saved, tmp_path):
+def changed(**changes):
+    """Writes a file's content anew, with other values; those that are None are left out."""
+
+    def write(file: Path) -> None:
+        content = torch.load(file, weights_only=True) | changes
+        torch.save({name: value for name, value in content.items() if value is not None}, file)
+
+    return write
+
+
+UNREADABLE = "cannot be read as a file of banks"
+DAMAGE = {
+    "a later format": (changed(format=2), "expected format 1, got 2"),
+    "no format": (changed(format=None), "expected format 1, got None"),
+    "no weights": (
+        changed(weights=None),
+        r"expected weights and a dict of banks, got \['banks', 'format'\]",
+    ),
+    "no banks": (
+        changed(banks=None),
+        r"expected weights and a dict of banks, got \['format', 'weights'\]",
+    ),
+    "banks in a list": (changed(banks=[1]), r"expected weights and a dict of banks, got \["),
+    "banks without names": (
+        changed(banks={1: {}, "memory": {}}),
+        r"expected the banks of \['memory'\], got \['1', 'memory'\]",
+    ),
+    "no state": (
+        changed(banks={"memory": 3}),
+        r"the banks cannot be restored \(TypeError: Expected state_dict to be dict-like",
+    ),
+    "a list": (lambda file: torch.save([1], file), "expected a dict with banks, got list"),
+    "empty": (lambda file: file.write_bytes(b""), rf"{UNREADABLE} \(EOFError\)"),
+    "truncated": (
+        lambda file: file.write_bytes(file.read_bytes()[:1000]),
+        rf"{UNREADABLE} \(\w+Error: ",  # which one depends on where it ends
+    ),
+    "not a pickle": (
+        lambda file: file.write_bytes(b"not a pickle"),
+        rf"{UNREADABLE} \(UnpicklingError: Weights only load failed\)",
+    ),
+    "of another program": (lambda file: file.write_bytes(b"hello\n"), rf"{UNREADABLE} \("),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_file_that_is_not_as_it_should_be_is_named(start, saved, tmp_path, kind):
     there = tmp_path / "run"
     shutil.copytree(saved, there)
-    file = there / "checkpoint-3" / FILE
-    torch.save(torch.load(file, weights_only=True) | {"format": 2}, file)
-    with pytest.raises(RuntimeError, match="expected format 1, got 2"):
+    damage, says = DAMAGE[kind]
+    damage(there / "checkpoint-3" / FILE)
+    with pytest.raises(RuntimeError, match=rf"checkpoint-3/{FILE}: {says}"):
         trainer(start, there, LOSSES["plain"]).train(resume_from_checkpoint=True)
+
+
+def test_weights_that_cannot_be_read_are_told_of(start, saved):
+    run = trainer(start, saved, LOSSES["plain"])
+    run.state.global_step = 3
+    model = torch.nn.Linear(2, 2, device="meta")
+    with pytest.raises(RuntimeError, match=r"resume: the model's weights cannot be read \(NotImpl"):
+        ContAccumCallback(run.loss).on_train_begin(run.args, run.state, run.control, model=model)
 
 
 def test_a_write_that_fails_leaves_the_checkpoint_as_it_was(start, saved, tmp_path, monkeypatch):

@@ -128,11 +128,10 @@ def assert_same(ours, theirs) -> None:
 def oracle(bank, columns, ids=None, anticipates=True, **kinds) -> torch.Tensor:
     """The reference's loss of embedded columns, which enter its bank.
 
-    `anticipates`: running means have seen the batch before, as in updates of few batches.
+    `anticipates`: running means have the batch before its loss, as in updates of few batches.
     """
     queries, passages = columns[0], torch.stack(columns[1:], 1)
-    if bank.drift == "mean" and anticipates:
-        bank.anticipate(queries, passages)
+    bank.anticipate = anticipates and bank.drift == "mean"
     return reference.contaccum_loss(queries, passages, bank, 1 / 20, ids, **kinds)
 
 

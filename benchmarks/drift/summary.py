@@ -74,7 +74,9 @@ def amounts(done: Iterable[rows.Row], data: str) -> str:
     found = _scores(done, data, belongs | {_BASELINE: COLUMNS[_BASELINE]})
     lines = []
     for varied in _FEW:
-        columns = found[varied]
+        columns = found.get(varied, {})
+        if _BASELINE not in columns:
+            continue
         for kind in _KINDS:
             sizes = [columns.get(f"{kind} {size}", {}) for size in _SIZES]
             differences = [paired(x, columns[_BASELINE]) if x else None for x in sizes]

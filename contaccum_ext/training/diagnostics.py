@@ -101,7 +101,9 @@ def look(
     """
     n, m, d = passages.shape
     newest = slice(len(bank) - bank.used, None)
-    banked = (bank.passages() + bank.passage_offsets().to(bank.dtype))[newest]  # (used, its m, d)
+    ahead = bank.ahead(queries, passages[:, : bank.passages_per_query])
+    offsets = bank.passage_offsets() + ahead[1:]
+    banked = (bank.passages() + offsets.to(bank.dtype))[newest]  # (used, its m, d)
     others, ages = bank.passage_ids()[newest], ages[newest]
     if banks == "queries":
         banked, ages = banked[:0], ages[:0]

@@ -50,8 +50,10 @@ def positive_bank_loss(
     scores = [local.masked_fill(_same(row_ids, column_ids, local) & ~own, -math.inf)]
     used = bank.used
     newest = slice(len(bank) - used, None)
+    ahead = bank.ahead(queries.detach(), passages[:, :1].detach(), scale)
     if used and banks != "queries":
-        banked = (bank.passages()[:, 0] + bank.passage_offsets()[:, 0].to(bank.dtype))[newest]
+        offsets = (bank.passage_offsets()[:, 0] + ahead[1]).to(bank.dtype)
+        banked = (bank.passages()[:, 0] + offsets)[newest]
         against_bank = scale * queries @ banked.T  # (n, used)
         bank_ids = None if passage_ids is None else bank.passage_ids()[newest, 0]
         scores.append(against_bank.masked_fill(_same(row_ids, bank_ids, against_bank), -math.inf))
@@ -61,7 +63,8 @@ def positive_bank_loss(
             with torch.no_grad():
                 ids = None if passage_ids is None else passage_ids[:, :1]
                 contaccum_loss(queries, passages[:, :1], bank, temperature, ids, enqueue=False)
-        rows = _banked_rows(columns, column_ids, bank, scale, banks)
+        banked = bank.queries() + (bank.query_offsets() + ahead[0]).to(bank.dtype)
+        rows = _banked_rows(scale * banked @ columns.T, column_ids, bank, scale, banks)
         per_row = torch.cat([per_row, rows[newest]])
     loss = per_row.sum() / (n if row_weighting == "local" else len(per_row))
     with torch.no_grad():
@@ -75,15 +78,13 @@ def positive_bank_loss(
 
 
 def _banked_rows(
-    columns: Tensor, column_ids: Tensor | None, bank: DualMemoryBank, scale: float, banks: str
+    scores: Tensor, column_ids: Tensor | None, bank: DualMemoryBank, scale: float, banks: str
 ) -> Tensor:
-    """(F,) losses of the banked rows over banked and local columns; of use for those in use."""
-    banked = bank.queries()
-    target_scores = scale * (banked * bank.passages()[:, 0]).sum(1)
+    """(F,) losses of banked rows with scores (F, nm) of local columns; of use for those in use."""
+    target_scores = scale * (bank.queries() * bank.passages()[:, 0]).sum(1)
     among_banked = target_scores
     if banks == "both":
         among_banked = bank.row_state[ROW_LSE][bank.slots()]  # over the window
-    scores = scale * (banked + bank.query_offsets().to(bank.dtype)) @ columns.T  # (F, nm)
     row_ids = None if column_ids is None else bank.passage_ids()[:, 0]
     scores = scores.masked_fill(_same(row_ids, column_ids, scores), -math.inf)
     return torch.cat([among_banked[:, None], scores], 1).logsumexp(1) - target_scores

@@ -51,12 +51,10 @@ class Scoring:
         self.bank: DualMemoryBank | None = None
         self.transport: BankTransport | None = None
         self.drift = "none"
-        self._anticipates = False
         if banks is not None:
             capacity = config.bank_capacity(training_queries)
             self.drift = config.drift_for(capacity)
             follows = self.drift == "transport"
-            self._anticipates = self.drift == "mean" and anticipates(batches)
             self.bank = DualMemoryBank(
                 capacity,
                 dim,
@@ -64,6 +62,7 @@ class Scoring:
                 device=device,
                 drift="mean" if follows else self.drift,
                 drift_decay=mean_decay(batches, predicted=follows),
+                anticipate=self.drift == "mean" and anticipates(batches),
                 learn_temperature=config.learn_temperature,
                 symmetric=config.symmetric,
             )
@@ -174,9 +173,6 @@ class Scoring:
 
     def _against_bank(self, queries: Tensor, passages: Tensor, passage_ids: Tensor) -> Tensor:
         assert self.bank is not None and self.banks is not None
-        if self._anticipates:
-            kept = self.bank.passages_per_query
-            self.bank.anticipate(queries.detach(), passages[:, :kept].detach())
         settings: dict[str, Any] = {
             "temperature": self._tau(),
             "passage_ids": self._ids(passage_ids),

@@ -41,13 +41,19 @@ class BankFile:
         replace_file(checkpoint / self.name, lambda file: torch.save(content, file))
 
     def read(self, checkpoint: Path, weights: int) -> dict[str, Any] | str:
-        """The banks in a checkpoint, or why they are not to be had.
+        """The banks in a checkpoint, or why they are not to be had; it never raises.
 
         Args:
             checkpoint: a directory, there or not.
             weights: fingerprint of those that training goes on from.
         """
         path = checkpoint / self.name
+        try:
+            return self._read(checkpoint, path, weights)
+        except Exception as error:  # of many kinds, by what is wrong with the file
+            return f"{path}: cannot be read as a file of banks ({summarize(error)})"
+
+    def _read(self, checkpoint: Path, path: Path, weights: int) -> dict[str, Any] | str:
         if not path.is_file():
             counts = {
                 int(found[1] or 1) for found in map(_NAME.fullmatch, _names(checkpoint)) if found
@@ -59,15 +65,26 @@ class BankFile:
                 f"with its own rows in its banks, and this run has {self.count}"
             )
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            return f"{path}: expected a dict with banks, got {type(content).__name__}"
         if content.get("format") != _FORMAT:
             return f"{path}: expected format {_FORMAT}, got {content.get('format')}"
+        banks = content.get("banks")
+        if "weights" not in content or not isinstance(banks, dict):
+            return f"{path}: expected weights and a dict of banks, got {sorted(content)}"
         if content["weights"] != weights:
             return f"{path}: saved with other weights than those resumed from"
-        return content["banks"]
+        return banks
 
 
 def _names(directory: Path) -> list[str]:
     return [path.name for path in directory.iterdir()] if directory.is_dir() else []
+
+
+def summarize(error: Exception) -> str:
+    """An error's kind and the first sentence of what it says: torch goes on with advice."""
+    said = str(error).strip().split("\n")[0].split(". ")[0]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def raise_together(problem: str | None) -> None:

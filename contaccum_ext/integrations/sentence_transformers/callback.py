@@ -14,7 +14,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from contaccum_ext.bank_size import width_warnings
 from contaccum_ext.drift_signs import EVERY
-from contaccum_ext.integrations.sentence_transformers.bank_files import BankFile, raise_together
+from contaccum_ext.integrations.sentence_transformers.bank_files import (
+    BankFile,
+    raise_together,
+    summarize,
+)
 from contaccum_ext.integrations.sentence_transformers.memory import BankMemory
 from contaccum_ext.integrations.sentence_transformers.readings import Readings
 from contaccum_ext.integrations.sentence_transformers.weights import fingerprint
@@ -47,7 +51,8 @@ class ContAccumCallback(TrainerCallback):
     Raises:
         ValueError: the loss has no banks.
         RuntimeError: when training begins, the checkpoint has no banks, or those of other weights,
-            of another number of processes, or of a loss with other settings.
+            of another number of processes, or of a loss with other settings, or its file of them is
+            damaged.
     """
 
     def __init__(
@@ -166,8 +171,15 @@ class ContAccumCallback(TrainerCallback):
     def _restore(
         self, file: BankFile, candidates: list[Path], step: int, model: nn.Module
     ) -> str | None:
-        """Fill the banks from the first of the directories that has them; or why that failed."""
-        weights, reasons = _fingerprint(model), []
+        """Fill the banks from the first of the directories that has them; or why that failed.
+
+        It does not raise: the other processes would wait for this one.
+        """
+        try:
+            weights = _fingerprint(model)
+        except Exception as error:
+            return f"resume: the model's weights cannot be read ({summarize(error)})"
+        reasons = []
         for directory in candidates:
             found = file.read(directory, weights)
             if not isinstance(found, str):
@@ -181,13 +193,16 @@ class ContAccumCallback(TrainerCallback):
 
     def _load(self, path: Path, banks: dict[str, dict[str, Any]]) -> str | None:
         if banks.keys() != self.memories.keys():
-            return f"{path}: expected the banks of {sorted(self.memories)}, got {sorted(banks)}"
+            wanted, came = sorted(self.memories), sorted(map(str, banks))
+            return f"{path}: expected the banks of {wanted}, got {came}"
         for name, memory in self.memories.items():
             try:
                 memory.load_state_dict(banks[name])
+                logger.info(f"Banks restored from {path}: {memory.filled()} slots filled")
             except RuntimeError as error:
                 return f"{path}: the banks were saved with other settings than this run's: {error}"
-            logger.info(f"Banks restored from {path}: {memory.filled()} slots filled")
+            except Exception as error:
+                return f"{path}: the banks cannot be restored ({summarize(error)})"
         return None
 
 
@@ -218,7 +233,7 @@ def _training_set(dataloader: DataLoader | None) -> tuple[int | None, int]:
     dataset = getattr(dataloader, "dataset", None)
     try:
         rows = len(dataset)  # type: ignore[arg-type]
-    except TypeError:
+    except (TypeError, AttributeError):  # the latter from what hands len() on to a part without
         rows = None
     return rows, len(dataset.datasets) if isinstance(dataset, ConcatDataset) else 1
 

@@ -164,9 +164,9 @@ class ContAccumLoss(_Banked, MultipleNegativesRankingLoss):
         drift_decay (float | None): of the running means, per batch. None (default) lets
             ``ContAccumCallback`` choose by the batches in an update, with
             ``contaccum_ext.mean_decay``; without it 0.9 with "transport" and 0.5 with "mean". Means
-            of "mean" see a batch before its own loss does, with ``DualMemoryBank.anticipate``,
-            unless the callback knows of eight batches or more in an update: in updates of one batch
-            those that wait for it lag by an update, which ruins training.
+            of "mean" have a batch before its own loss (``DualMemoryBank(anticipate=True)``), unless
+            the callback knows of eight batches or more in an update: in updates of one batch those
+            that wait for it lag by an update, which ruins training.
         row_weighting (str): "local" (default) weights every row 1/n, "all" 1/(n + filled slots) as
             in the paper.
         symmetric (bool): the mean of this loss and of that with positives for rows and anchors for

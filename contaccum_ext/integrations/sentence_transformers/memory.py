@@ -21,7 +21,7 @@ from contaccum_ext.transport import transport_slots
 logger = logging.getLogger(__name__)
 
 # Of running means, per batch, as long as nobody says how many batches make an update: means that
-# lag by an update do harm (docs/drift.md), so these lag by little and anticipate. Those that probes
+# lag by an update do harm (docs/drift.md), so these anticipate. Those that probes
 # predict do not lag: this decay was tried with updates of 1, 4 and 16 batches.
 MEAN_DECAY, PREDICTED_MEAN_DECAY = 0.5, 0.9
 UNKNOWN_RUN_SLOTS = 1024  # of an automatic bank as long as nobody says how large an update is
@@ -120,13 +120,10 @@ class BankMemory(nn.Module):
         ids = None
         if learning and self.settings.mask_duplicates:
             ids = _stack_identities(identities, len(queries), place)
-        bank = self._bank(stacked) if learning else None
-        if bank is not None and self.drift == "mean" and anticipates(self._micro_batches):
-            bank.anticipate(queries.detach(), stacked.detach())
         loss = contaccum_loss(
             queries,
             stacked,
-            bank,
+            self._bank(stacked) if learning else None,
             temperature=1.0 / scale,
             passage_ids=ids,
             row_weighting=self.settings.row_weighting,
@@ -192,6 +189,7 @@ class BankMemory(nn.Module):
             like.device,
             drift="mean" if self.probes is not None else self.drift,
             drift_decay=self.drift_decay,
+            anticipate=self.drift == "mean" and anticipates(self._micro_batches),
             symmetric=self.settings.symmetric,
         )
         self.banks[name] = bank
