@@ -14,6 +14,7 @@ from contaccum_ext.layout import BankLayout
 _ROW_WEIGHTING = ("local", "all")
 _BANKS = ("both", "passages", "queries")
 _NO_LAYOUT = BankLayout(1, 1, 1)
+_MEANS_STAY = -1.0  # as a decay: the op stamps slots with means as they are
 
 
 class _Options(NamedTuple):
@@ -116,29 +117,41 @@ def contaccum_loss(
     return _both_directions(queries, columns, passage_ids, bank, options)
 
 
-def _one_direction(
-    queries, columns, passage_ids, bank, options, companions=None, means_moved=False
-) -> Tensor:
+def _one_direction(queries, columns, passage_ids, bank, options, companions=None) -> Tensor:
     """() loss with queries (n, d) for rows and passages (n, m, d) for columns."""
-    o = options
+    batch = (queries, columns, passage_ids, companions)
+    if bank is None or not bank.anticipate:
+        decay = bank.drift_decay if bank is not None and bank.drift == "mean" else _MEANS_STAY
+        return _scored(batch, bank, options, decay)
+    before = bank.means[0].clone()
+    with torch.no_grad():
+        bank.means[0] += bank.ahead(queries, columns, options.scale, companions)
+    if torch.compiler.is_compiling():
+        loss = _scored(batch, bank, options, _MEANS_STAY)
+    else:
+        try:
+            loss = _scored(batch, bank, options, _MEANS_STAY)
+        except BaseException:
+            bank.means[0] = before
+            raise
+    if not options.enqueue:
+        bank.means[0] = before
+    return loss
+
+
+def _scored(batch, bank, options, decay) -> Tensor:
+    """() loss of queries, columns, ids and companions; means move by `decay` if they enter."""
+    o, (queries, columns, _, _) = options, batch
     if bank is None:
         buffers, layout, window = _no_bank(queries, columns), _NO_LAYOUT, -1
-        rebuild, use_offsets, decay = ops.REBUILD_NOTHING, False, -1.0
+        rebuild, use_offsets = ops.REBUILD_NOTHING, False
     else:
         buffers, layout, window = bank.buffers_in_order(), bank.layout, bank.window_blocks()
         rebuild, use_offsets = bank.pending_rebuild(o.scale, window), bank.use_offsets
-        decay = bank.drift_decay if bank.drift == "mean" else -1.0
-        if bank.anticipate:
-            if not means_moved:
-                return _anticipating(queries, columns, passage_ids, bank, options, companions)
-            decay = -1.0
     needs_scale_grad = o.temperature is not None
     needs_grad = torch.is_grad_enabled() and (queries.requires_grad or columns.requires_grad)
     given = (
-        queries,
-        columns,
-        passage_ids,
-        companions,
+        *batch,
         *buffers,
         (layout.group, layout.offset_block, layout.block),
         o.scale,
@@ -158,29 +171,11 @@ def _one_direction(
     else:
         loss = ops.banked_loss_(*given)[0]
     if bank is not None:
-        bank.accept(o.scale, window, passage_ids is not None if o.enqueue else None)
+        has_ids = batch[2] is not None if o.enqueue else None
+        bank.accept(o.scale, window, has_ids)
         if not torch.compiler.is_compiling():
             # C++ kernels do not bump versions: keep autograd's check of saved tensors alive.
             torch.autograd.graph.increment_version([b for b in buffers if b is not None])
-    return loss
-
-
-def _anticipating(queries, columns, passage_ids, bank, options, companions) -> Tensor:
-    """() loss with the batch in the running means before it, and not again behind it."""
-    before = bank.means[0].clone()
-    with torch.no_grad():
-        bank.means[0] += bank.ahead(queries, columns, options.scale, companions)
-    batch = (queries, columns, passage_ids, bank, options, companions)
-    if torch.compiler.is_compiling():
-        loss = _one_direction(*batch, means_moved=True)
-    else:
-        try:
-            loss = _one_direction(*batch, means_moved=True)
-        except BaseException:
-            bank.means[0] = before
-            raise
-    if not options.enqueue:
-        bank.means[0] = before
     return loss
 
 
