@@ -270,6 +270,6 @@ class DualMemoryBank(BankState):
         """Say what ``repr`` shows."""
         shape = f"{self.capacity}, {self.dim}, {self.passages_per_query}, dtype={self.dtype}"
         options = f"drift={self.drift!r}, window={self._window or 'all'}"
-        if self.learn_temperature:
-            options += ", learn_temperature=True"
+        for name in ("anticipate", "learn_temperature"):
+            options += f", {name}=True" if getattr(self, name) else ""
         return f"{shape}, {options}"

@@ -136,6 +136,10 @@ def test_an_error_of_the_op_itself_leaves_the_means(device, monkeypatch):
     assert torch.equal(bank.means, before)
 
 
+def test_it_is_shown():
+    assert "window=all, anticipate=True" in repr(bank_of(ca.DualMemoryBank))
+
+
 def test_without_running_means_it_is_refused():
     with pytest.raises(ValueError, match="anticipate: expected False with drift='none', got True"):
         ca.DualMemoryBank(CAPACITY, D, M, anticipate=True)
