@@ -78,14 +78,16 @@ def run(
     with tempfile.TemporaryDirectory(prefix="end_to_end_") as name:
         setup = prepare(options, device, Path(name))
         outcomes = [_untrained(setup, device)]
+        order = (UNTRAINED, *options.methods)
         if options.processes > 1:
             measured = _side_by_side(options, setup, device, Path(name))
         else:
             measured = _in_turn(options, setup, device, Path(name))
         for outcome in measured:
             outcomes.append(outcome)
-            each(sorted(outcomes, key=lambda o: (UNTRAINED, *options.methods).index(o.method)))
-    return sorted(outcomes, key=lambda o: (UNTRAINED, *options.methods).index(o.method))
+            outcomes.sort(key=lambda o: order.index(o.method))
+            each(outcomes)
+    return outcomes
 
 
 def _in_turn(

@@ -217,12 +217,12 @@ class DualMemoryBank(BankState):
         """
         if not self.anticipate:
             return torch.zeros_like(self.means[0])
-        batch = torch.cat([queries.unsqueeze(1), passages], 1).to(self.dtype).to(self.means)
-        others = batch if companions is None else companions.to(self.dtype).to(self.means)
-        sizes = [scale * vectors.square().sum(-1) for vectors in (batch, others)]
-        finite = sizes[0].isfinite().all() & sizes[1].isfinite().all()
-        keep = self.drift_decay * (self.cursor[1] > 0).to(batch)
-        return torch.where(finite, (1 - keep) * (batch.mean(0) - self.means[0]), 0.0)
+        parts = [queries.unsqueeze(1), passages] + ([] if companions is None else [companions])
+        vectors = torch.cat(parts, 1).to(self.dtype).to(self.means)
+        finite = (scale * vectors.square().sum(-1)).isfinite().all()
+        mean = vectors[:, : 1 + self.passages_per_query].mean(0)
+        keep = self.drift_decay * (self.cursor[1] > 0).to(mean)
+        return torch.where(finite, (1 - keep) * (mean - self.means[0]), 0.0)
 
     @property
     def window(self) -> int:

@@ -6,6 +6,8 @@ updates holds vectors of models up to u steps old, whatever its number of slots.
 
 from __future__ import annotations
 
+from typing import Any
+
 # An automatic bank has the first number of updates, and the mean's shift corrects banks up to the
 # second; larger ones follow the encoder by probes. Where an update has few queries, encoding probes
 # after it costs more than they gain.
@@ -56,6 +58,19 @@ def anticipates(micro_batches: int | None) -> bool:
         micro_batches: (count) scored against the bank in an optimizer update, K; None if unknown.
     """
     return micro_batches is None or micro_batches < 8
+
+
+def correction_options(drift: str, micro_batches: int | None) -> dict[str, Any]:
+    """What of `DualMemoryBank` a correction stands for: drift and anticipate.
+
+    Args:
+        drift: "none", "mean" or "transport".
+        micro_batches: (count) scored against the bank in an optimizer update; None if unknown.
+    """
+    return {
+        "drift": "mean" if drift == "transport" else drift,
+        "anticipate": drift == "mean" and anticipates(micro_batches),
+    }
 
 
 def auto_drift(capacity: int, update_size: int) -> str:

@@ -103,7 +103,9 @@ def contaccum_loss(
         )
     columns = passages.unsqueeze(1) if passages.dim() == 2 else passages
     options = _Options(scale, learned, row_weighting == "all", banks, enqueue)
-    if bank is not None and bank.anticipate:
+    if symmetric:
+        arguments.check_symmetric(bank, banks)
+    if symmetric or (bank is not None and bank.anticipate):
         arguments.check_shapes(queries, columns, passage_ids, bank, passages.dim() == 2)
     if not symmetric:
         if enqueue and bank is not None and bank.mirror is not None:
@@ -112,8 +114,6 @@ def contaccum_loss(
                 "take the batch, got False"
             )
         return _one_direction(queries, columns, passage_ids, bank, options)
-    arguments.check_symmetric(bank, banks)
-    arguments.check_shapes(queries, columns, passage_ids, bank, passages.dim() == 2)
     return _both_directions(queries, columns, passage_ids, bank, options)
 
 

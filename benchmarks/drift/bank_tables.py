@@ -26,6 +26,11 @@ EVERYWHERE: tuple[dict[str, Any], ...] = (
 )
 
 
+def _plain(seed: int, data: str) -> list[Setting]:
+    """What corrected banks are read against."""
+    return [Setting(data, seed, "inbatch"), *banks(seed, data, "none", (128,))]
+
+
 def grown() -> list[Setting]:
     """Windows that grow with the training, where large banks lose, and where they gain."""
     changes: tuple[dict[str, Any], ...] = (
@@ -37,7 +42,7 @@ def grown() -> list[Setting]:
     found = []
     for seed in (1, 2, 3):
         for data in DATA:
-            here = [Setting(data, seed, "inbatch"), *banks(seed, data, "none", (128,))]
+            here = _plain(seed, data)
             here += [
                 Setting(data, seed, bank=4096, correction="follow-mean", options=LIBRARY | ramp)
                 for ramp in ({}, {"ramp": 0.5}, {"ramp": 1.0})
@@ -109,7 +114,7 @@ def lags() -> list[Setting]:
     found = []
     for seed in (1, 2):
         for data in DATA:
-            here = [Setting(data, seed, "inbatch"), *banks(seed, data, "none", (128,))]
+            here = _plain(seed, data)
             here += [
                 Setting(data, seed, bank=bank, correction="follow-mean", options=LIBRARY | more)
                 for more in ({"decay": 0.97}, {"decay": 0.99}, CURRENT)
@@ -127,7 +132,7 @@ def chosen() -> list[Setting]:
     found = []
     for seed in (1, 2, 3, 4, 5):
         for data in DATA:
-            plain = [Setting(data, seed, "inbatch"), *banks(seed, data, "none", (128,))]
+            plain = _plain(seed, data)
             default = Setting(data, seed, bank=512, correction="follow-mean", options=CHOSEN)
             others = [
                 replace(default, options=CHOSEN | {"between": True}),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from benchmarks.drift import rows
 from benchmarks.drift.bank_tables import CHOSEN
-from benchmarks.drift.default_tables import LIBRARY
+from benchmarks.drift.default_tables import DROPOUT, LIBRARY
 from benchmarks.drift.report import Mean, markdown, mean, paired
 from benchmarks.drift.settings import Setting, from_row
 
@@ -56,7 +56,7 @@ def summary(done: Iterable[rows.Row], data: str) -> str:
 
 _SIZES = (128, 256, 512, 1024, 4096)
 _KINDS: dict[str, tuple[str, dict]] = {
-    "fresh": ("oracle", {"dropout": True}),
+    "fresh": ("oracle", DROPOUT),
     "`mean`": ("mean", {}),
     "probes": ("follow-mean", LIBRARY),
 }

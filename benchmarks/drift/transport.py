@@ -253,7 +253,6 @@ class TransportMean(Mean):
             self.enqueued[own] = vectors - self.centred[own]
 
     def before_loss(self, update: int) -> BankView:
-        view = super().before_loss(update)
         slots = self.history.view(update)
         if self.between:
             assert self.means is not None
@@ -263,6 +262,7 @@ class TransportMean(Mean):
             now[own, 0], now[own, 1:] = queries[own], passages[own]
             vectors = now[:, 0], now[:, 1:].contiguous()
             return BankView(*vectors, *vectors)
+        view = super().before_loss(update)
         if self.enqueued is None:
             return view
         frozen = self.centred[slots] + self.enqueued[slots]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from contaccum_ext.bank import DualMemoryBank
-from contaccum_ext.bank_size import anticipates, mean_decay
+from contaccum_ext.bank_size import correction_options, mean_decay
 from contaccum_ext.drift_signs import EVERY, DriftWatch, ScoreShift, score_shift
 from contaccum_ext.functional import contaccum_loss
 from contaccum_ext.losses import LearnedTemperature
@@ -60,11 +60,10 @@ class Scoring:
                 dim,
                 passages_per_query=1 + config.hard_negatives * config.bank_hard_negatives,
                 device=device,
-                drift="mean" if follows else self.drift,
                 drift_decay=mean_decay(batches, predicted=follows),
-                anticipate=self.drift == "mean" and anticipates(batches),
                 learn_temperature=config.learn_temperature,
                 symmetric=config.symmetric,
+                **correction_options(self.drift, batches),
             )
             if follows:
                 self.transport = BankTransport(

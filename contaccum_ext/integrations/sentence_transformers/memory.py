@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from contaccum_ext.bank import DualMemoryBank
-from contaccum_ext.bank_size import anticipates, auto_bank_size, auto_drift, mean_decay
+from contaccum_ext.bank_size import (
+    auto_bank_size,
+    auto_drift,
+    correction_options,
+    mean_decay,
+)
 from contaccum_ext.functional import contaccum_loss
 from contaccum_ext.integrations.sentence_transformers.probes import Move, Probes
 from contaccum_ext.integrations.sentence_transformers.settings import BankSettings
@@ -21,8 +26,8 @@ from contaccum_ext.transport import transport_slots
 logger = logging.getLogger(__name__)
 
 # Of running means, per batch, as long as nobody says how many batches make an update: means that
-# lag by an update do harm (docs/drift.md), so these anticipate. Those that probes
-# predict do not lag: this decay was tried with updates of 1, 4 and 16 batches.
+# lag by an update do harm (docs/drift.md), so these anticipate. Those that probes predict do not
+# lag: this decay was tried with updates of 1, 4 and 16 batches.
 MEAN_DECAY, PREDICTED_MEAN_DECAY = 0.5, 0.9
 UNKNOWN_RUN_SLOTS = 1024  # of an automatic bank as long as nobody says how large an update is
 
@@ -187,10 +192,9 @@ class BankMemory(nn.Module):
             m,
             like.dtype,
             like.device,
-            drift="mean" if self.probes is not None else self.drift,
             drift_decay=self.drift_decay,
-            anticipate=self.drift == "mean" and anticipates(self._micro_batches),
             symmetric=self.settings.symmetric,
+            **correction_options(self.drift, self._micro_batches),
         )
         self.banks[name] = bank
         if self.probes is not None:
@@ -269,7 +273,7 @@ def _place(device: torch.device) -> torch.device:
 
 
 def _move_to(bank: DualMemoryBank, device: torch.device) -> None:
-    if bank.cursor.device != device:  # restored, or the model has moved
+    if bank.device != device:  # restored, or the model has moved
         bank.to(device)
 
 
