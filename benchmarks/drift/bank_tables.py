@@ -104,6 +104,12 @@ def _large_batches(seed: int, data: str, n: int) -> list[Setting]:
             for name, options in (("mean", lag), ("follow-mean", LIBRARY | lag))
             for more in ({}, CURRENT)
         ]
+    library = LIBRARY | {"decay": 0.67 if n == 128 else 0.89}
+    here += [
+        Setting(data, seed, bank=bank, correction="follow-mean", options=library | more)
+        for more in ({}, {"between": True})
+        for bank in (1024, 512)
+    ]
     here += [Setting(data, seed, bank=1024, correction="oracle", options=DROPOUT)]
     here += [Setting(data, seed, bank=1024, correction="follow", options=SAFE)]
     return [replace(x, n=n, accumulation=128 // n, epochs=1) for x in here]
@@ -128,22 +134,38 @@ def lags() -> list[Setting]:
 
 
 def chosen() -> list[Setting]:
-    """The default: probes about means averaged over two updates, a bank of four; fewer probes."""
+    """The default: probes about means averaged over two updates, a bank of four; and simpler ones.
+
+    "between" corrects between updates alone, which needs no offsets in the op.
+    """
     found = []
     for seed in (1, 2, 3, 4, 5):
         for data in DATA:
             plain = _plain(seed, data)
             default = Setting(data, seed, bank=512, correction="follow-mean", options=CHOSEN)
-            others = [
-                replace(default, options=CHOSEN | {"between": True}),
-                replace(default, options=CHOSEN | {"probes": 32}),
-                replace(default, options=CHOSEN | {"probes": 16}),
-                replace(default, bank=4096),
-            ]
+            between = replace(default, options=CHOSEN | {"between": True})
+            others = [replace(default, options=CHOSEN | {"probes": x}) for x in (32, 16)]
             if seed <= 3:
-                found += [replace(x, **c) for c in EVERYWHERE for x in (*plain, default)]
-                found.append(replace(default, row_weighting="all"))
+                here = (*plain, default, between)
+                found += [replace(x, **change) for change in EVERYWHERE for x in here]
+                found += [replace(x, row_weighting="all") for x in (default, between)]
             if seed <= 2:
-                found += [replace(x, **change) for change in SHORT for x in others]
-            found += [*plain, default, *(others if seed <= 2 else ())]
+                larger = replace(default, bank=4096)
+                found += [replace(x, **c) for c in ({}, *SHORT) for x in (*others, larger)]
+            found += [*plain, default, between]
+    return found
+
+
+def sizes() -> list[Setting]:
+    """Banks of two and of 32 updates, moved between updates alone, everywhere."""
+    found = []
+    options = CHOSEN | {"between": True}
+    for seed in (1, 2):
+        for data in DATA:
+            here = _plain(seed, data) + [
+                Setting(data, seed, bank=bank, correction="follow-mean", options=options)
+                for bank in (4096, 256)
+            ]
+            changes = (*EVERYWHERE, {"row_weighting": "all"}, {})
+            found += [replace(x, **change) for change in changes for x in here]
     return found

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.drift.bank_tables import amounts, chosen, grown, lags, whole
+from benchmarks.drift.bank_tables import amounts, chosen, grown, lags, sizes, whole
 from benchmarks.drift.default_tables import default, few, library, means
 from benchmarks.drift.families import DATA, SCORES, TRANSPORT, banks, baselines
 from benchmarks.drift.settings import Setting
@@ -145,6 +145,7 @@ TABLES: dict[str, Callable[[], list[Setting]]] = {
     "lags": lags,
     "whole": whole,
     "chosen": chosen,
+    "sizes": sizes,
 }
 
 
