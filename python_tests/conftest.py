@@ -52,6 +52,14 @@ def device(request) -> str:
     return request.param
 
 
+@pytest.fixture(scope="session")
+def group_device(device) -> str:
+    """Where each of two processes has its tensors: on the CPU, or on a GPU of its own."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("wants two GPUs")
+    return device
+
+
 FAMILIES = {"portable": 1, "tensor cores": 2, "library": 4}  # enum KernelFamily in csrc/cuda
 
 

@@ -6,6 +6,7 @@ import os
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,24 @@ FORKSERVER.set_forkserver_preload(["contaccum_ext.commands", "tiny_sentence_tran
 LIMIT = timedelta(seconds=60)  # that one process waits for another, which may have failed
 
 
-def run_together(directory: Path, work: Callable, *arguments: Any, count: int = COUNT) -> list[Any]:
-    """What ``work(*arguments)`` gives in each process, in the order of their ranks.
+def run_together(
+    directory: Path, work: Callable, *arguments: Any, count: int = COUNT, device: str = "cpu"
+) -> list[Any]:
+    """What ``work(*arguments)`` gives in each process, on the CPU, in the order of their ranks.
 
     Args:
         directory: scratch, made anew.
         work: a function of a module, so that children find it; its result can be saved.
         arguments: the same for all.
         count: processes.
+        device: "cuda" gives each a GPU of its own and lets them talk by NCCL.
 
     Raises:
         RuntimeError: with the traceback of the first process that failed.
     """
     directory.mkdir()
     children = [
-        FORKSERVER.Process(target=_child, args=(rank, count, directory, work, arguments))
+        FORKSERVER.Process(target=_child, args=(rank, count, device, directory, work, arguments))
         for rank in range(count)
     ]
     for child in children:
@@ -45,10 +49,18 @@ def run_together(directory: Path, work: Callable, *arguments: Any, count: int = 
     failures = sorted(directory.glob("*.txt"))
     if failures:
         raise RuntimeError(failures[0].read_text(encoding="utf-8"))
-    return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(count)]
+    load = partial(torch.load, map_location="cpu", weights_only=False)
+    return [load(directory / f"{rank}.pt") for rank in range(count)]
 
 
-def _child(rank: int, count: int, directory: Path, work: Callable, arguments: tuple) -> None:
+def place() -> torch.device:
+    """Where a process of the group has its tensors."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+def _child(
+    rank: int, count: int, device: str, directory: Path, work: Callable, arguments: tuple
+) -> None:
     torch.set_num_threads(1)
     # accelerate looks for them; the processes find each other by a file.
     os.environ |= {
@@ -61,7 +73,11 @@ def _child(rank: int, count: int, directory: Path, work: Callable, arguments: tu
     }
     try:
         store = dist.FileStore(str(directory / "store"), count)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=LIMIT)
+        backend = "gloo"
+        if device == "cuda":
+            torch.cuda.set_device(rank)
+            backend = "nccl"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=LIMIT)
         torch.save(work(*arguments), directory / f"{rank}.pt")
         dist.destroy_process_group()
     except BaseException:

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
-from several_processes import COUNT, run_together
+from several_processes import COUNT, place, run_together
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from trainer_parts import make_trainer
@@ -48,6 +48,10 @@ def micro_batch(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(n, 6, **options), torch.randn(n, 2, 6, **options)
 
 
+def micro_batch_here(step: int) -> list[torch.Tensor]:
+    return [x.to(place()) for x in micro_batch(step, dist.get_rank())]
+
+
 def updates(module, steps, synced: bool) -> list[float]:
     """Losses of this process's micro-batches, with an optimizer step after every second one."""
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
@@ -55,7 +59,7 @@ def updates(module, steps, synced: bool) -> list[float]:
     for step in steps:
         last = step % ACCUMULATION == ACCUMULATION - 1
         with nullcontext() if last or not synced else module.no_sync():
-            loss = module(*micro_batch(step, dist.get_rank()))
+            loss = module(*micro_batch_here(step))
             (loss / ACCUMULATION).backward()
         losses.append(loss.item())
         if last:
@@ -66,25 +70,25 @@ def updates(module, steps, synced: bool) -> list[float]:
 
 def train(resume_at: int | None):
     """In one process of the group; stopped and resumed from a state of its own, or not."""
-    rank = dist.get_rank()
-    retriever = Retriever()
+    retriever = Retriever().to(place())
     module = DistributedDataParallel(ca.keep_banks_from_ddp(retriever))
     losses = updates(module, range(resume_at or len(ROWS)), synced=True)
     if resume_at is not None:
         state = copy.deepcopy(retriever.state_dict())
-        retriever = Retriever()
+        retriever = Retriever().to(place())
         retriever.load_state_dict(state)  # before it is wrapped: the other process's may not come
         module = DistributedDataParallel(ca.keep_banks_from_ddp(retriever))
         losses += updates(module, range(resume_at, len(ROWS)), synced=True)
-    retriever.common.fill_(rank)
+    retriever.common.fill_(dist.get_rank())
     with torch.no_grad():
-        module(*micro_batch(0, rank))
+        module(*micro_batch_here(0))
     return losses, retriever.state_dict()
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return run_together(tmp_path_factory.mktemp("trained") / "run", train, None)
+def trained(tmp_path_factory, group_device):
+    directory = tmp_path_factory.mktemp("trained") / "run"
+    return run_together(directory, train, None, device=group_device)
 
 
 def test_it_is_one_process_with_a_bank_for_each_and_the_mean_of_their_gradients(trained):
@@ -121,8 +125,8 @@ def test_banks_differ_and_weights_and_other_buffers_do_not(trained):
     assert second["common"] == 0  # DistributedDataParallel still sees to the others
 
 
-def test_each_process_resumes_with_its_own_bank_to_the_bit(trained, tmp_path):
-    resumed = run_together(tmp_path / "run", train, 4)
+def test_each_process_resumes_with_its_own_bank_to_the_bit(trained, group_device, tmp_path):
+    resumed = run_together(tmp_path / "run", train, 4, device=group_device)
     for (losses, state), (expected, whole) in zip(resumed, trained, strict=True):
         assert losses == expected
         assert all(torch.equal(value, whole[name]) for name, value in state.items())
@@ -186,7 +190,7 @@ def refusals():
             assert torch.equal(module.bank.queries(), before)
     wrapper = DistributedDataParallel(Retriever())
     try:
-        wrapper(*micro_batch(0, dist.get_rank()))
+        wrapper(*micro_batch_here(0))
     except RuntimeError as error:
         said["inside"] = str(error)
     said |= with_wrappers_out_of_use(x)

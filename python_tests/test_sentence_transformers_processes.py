@@ -14,7 +14,7 @@ pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
 pytest.importorskip("datasets", reason="the Trainer needs datasets")
 
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
-from several_processes import COUNT, run_together
+from several_processes import COUNT, place, run_together
 from tiny_sentence_transformer import (
     ACCUMULATION,
     BATCH,
@@ -51,6 +51,7 @@ def train(start, output, kind):
         output,
         make,
         data=dataset(32, 1),
+        device=place().type,
         optim="sgd",
         learning_rate=LEARNING_RATE,
         max_grad_norm=0.0,
@@ -71,9 +72,12 @@ def train(start, output, kind):
 
 
 @pytest.mark.parametrize("kind", PAIRS)
-def test_it_is_one_process_with_a_bank_for_each_and_the_mean_of_their_losses(start, tmp_path, kind):
+def test_it_is_one_process_with_a_bank_for_each_and_the_mean_of_their_losses(
+    start, tmp_path, kind, group_device
+):
     """Each batch's loss, by the full matrix over what that process had seen, weights at the end."""
-    found = run_together(tmp_path / "run", train, start, tmp_path / "output", kind)
+    output = tmp_path / "output"
+    found = run_together(tmp_path / "run", train, start, output, kind, device=group_device)
     model = load(start).double().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     decay = mean_decay(ACCUMULATION)
