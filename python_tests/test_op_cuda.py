@@ -160,6 +160,32 @@ def test_families_of_kernels_agree(dtype, allow_kernels):
             assert (a - b).norm() <= (rounding + 2**-14) * b.norm()
 
 
+def test_more_splits_share_a_place_beyond_half_a_million_slots(allow_kernels):
+    """On Hopper a chain of four splits adds up there; every split has slots."""
+    capacity, d, n, temperature = (1 << 19) + 8, 64, 200, 0.1
+    torch.manual_seed(0)
+    bank = ca.DualMemoryBank(capacity, d, 1, torch.bfloat16, "cuda")
+
+    def draw(count):
+        vectors = torch.nn.functional.normalize(torch.randn(count, 2, d, device="cuda"), dim=-1)
+        return [x.clone().requires_grad_() for x in vectors.unbind(1)]
+
+    with torch.no_grad():
+        while len(bank) < capacity:
+            ca.contaccum_loss(*draw(8192), bank, temperature)
+    q, p = draw(n)
+    results = []
+    for family in ("tensor cores", "portable"):
+        allow_kernels(family)
+        loss = ca.contaccum_loss(q, p, bank, temperature, enqueue=False)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (q, p))))
+    # As in test_families_of_kernels_agree().
+    squares = math.exp(1 / temperature**2 / d) / capacity
+    rounding = 6 * torch.finfo(bank.bank_queries.dtype).eps / 2 * math.sqrt(squares)
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() <= (rounding + 2**-14) * b.norm()
+
+
 @pytest.mark.parametrize("drift", ["none", "mean"])
 @pytest.mark.parametrize("d", [384, 768])
 def test_scores_so_far_apart_that_references_rise(d, drift, allow_kernels):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("sentence_transformers", reason="sentence-transformers is no
 pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
 pytest.importorskip("datasets", reason="the Trainer needs datasets")
 
+from packaging.version import Version
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from several_processes import COUNT, place, run_together
 from tiny_sentence_transformer import (
@@ -76,6 +78,8 @@ def test_it_is_one_process_with_a_bank_for_each_and_the_mean_of_their_losses(
     start, tmp_path, kind, group_device
 ):
     """Each batch's loss, by the full matrix over what that process had seen, weights at the end."""
+    if kind == "cached" and Version(version("sentence-transformers")) < Version("6.2"):
+        pytest.skip("before 6.2 cached gradients go through float32 in sentence-transformers")
     output = tmp_path / "output"
     found = run_together(tmp_path / "run", train, start, output, kind, device=group_device)
     model = load(start).double().train()

@@ -51,6 +51,8 @@ HISTORIES = {
     # Scores so far apart that references rise tile by tile and biases leave nothing of weights.
     "hopper-far": History(1344, 768, 1, 576, BF16, temperature=0.002),
     "hopper-far-plain": History(1344, 384, 1, 1056, BF16, "none", temperature=0.002),
+    # Splits share a place by fours.
+    "hopper-many": History(1 << 19, 128, 1, 1056, BF16, "none", empty=True),
     "hopper-rows": History(8512, 128, 1, 40, BF16),  # few columns, not few rows
     "small": History(2048, 768, 2, 8, BF16),  # mma.sync; upkeep apart
     "small-plain": History(2048, 768, 2, 8, F16, "none", ids=False),

@@ -72,7 +72,8 @@ struct Args {
   int local_splits, bank_splits;      // of the query side: over local columns, over units
   int gradient_local, gradient_bank;  // splits of the passage side: over local, over banked rows
   int query_slice, passage_slice;     // sm_90a: part_out comes in parts of so many elements of d,
-                                      // and two splits share a place; else 0
+                                      // and 2^sharing splits share a place; else 0
+  int sharing;
   Divisor parts;
   int unit_slots;  // a block is cut into `parts` units; a unit's log-sum-exp is never split
   int strips, strip_groups;  // groups of a block that one warp scores for a new row
@@ -84,7 +85,7 @@ struct Args {
   A* part_sum;        // (splits, n)
   A* part_out;        // (places, n, d) or (places, n * m, d), one after the other; with a slice
                       // (places, locals / 64, d / slice, 64, slice)
-  int* query_done;    // by pair of splits and block of local vectors: the first has left its sums
+  int* query_done;    // by place and block of local vectors: splits that have left their sums there
   int* passage_done;
   A* unit_lse;        // (units, n): local rows over banked columns, the new rows' table entries
   A* local_lse;       // (n)
@@ -124,8 +125,19 @@ struct Args {
     return means + (int64_t(index) * (1 + m) + kind) * d;
   }
   __device__ bool masked() const { return local_ids != nullptr; }
-  static __host__ __device__ int places(int splits, int slice) {
-    return slice ? (splits + 1) / 2 : splits;
+  __host__ __device__ int places(int splits, int slice) const {
+    return slice ? (splits + (1 << sharing) - 1) >> sharing : splits;
+  }
+  // What the sums of splits [first, last) in one place are relative to, for a local row.
+  __device__ A max_of_splits(int first, int last, int row) const {
+    const A* of = part_max + int64_t(first) * n + row;
+    A top = *of;
+#pragma unroll 1  // few, and registers are scarce where this is called
+    while (++first < last) {
+      of += n;
+      top = *of > top ? *of : top;
+    }
+    return top;
   }
   // Elements of part_out at one place.
   __host__ __device__ int64_t place_size(int64_t locals, int slice) const {

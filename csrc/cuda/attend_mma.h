@@ -36,14 +36,22 @@ bool takes_tensor_cores(const CudaStep& step) {
 }
 
 constexpr int kRowsMma = 128, kFewRowsMma = 32;  // RowsTile::kRows
+constexpr int kFewRowsAtOnce = 2;                // thread blocks of FewRows that a processor holds
 
-// A small bank and a small batch: latency decides. Small tiles then reach more processors, two
-// thread blocks each at most, and more columns than two such tiles are better taken at once.
+// A small bank and a small batch: latency decides. Small tiles then reach more processors, as many
+// as these hold at once, and more columns than two such tiles are better taken at once.
 template <class S>
 bool takes_few_rows_mma(const CudaStep& step) {
   const Layout& y = step.layout;
   return takes_tensor_cores<S>(step) && y.offset_block >= 32 && step.batch.n * y.m <= 64 &&
-         ceil_div(y.capacity, kFewRowsMma) <= 2 * step.device.multiprocessors;
+         ceil_div(y.capacity, kFewRowsMma) <= kFewRowsAtOnce * step.device.multiprocessors;
+}
+
+// Thread blocks for the same few rows: local columns and upkeep apart where all are at work at
+// once.
+template <class S>
+int few_rows_parts(const CudaStep& step, const Args<S>& a) {
+  return a.incremental && 2 * a.row_blocks <= kFewRowsAtOnce * step.device.multiprocessors ? 2 : 1;
 }
 
 // Below this many slots, thread blocks of 128 rows leave most of a large device idle.

@@ -7,7 +7,7 @@
 //   cluster: each multiplies its half, they exchange partial scores, both weigh the whole tile.
 // - One warp asks the copy engine for tiles, a warpgroup makes scores into weights (that of
 //   weigh_sm90a.cuh), two sum up weighted tiles.
-// - Two splits share a place in part_out: the second waits for the first and adds to its sums.
+// - Splits share a place in part_out: each waits for the one before it and adds to its sums.
 #pragma once
 
 #include "weigh_sm90a.cuh"
@@ -68,7 +68,7 @@ class AttendHopper {
       cluster_sync();  // neither block leaves while the other may write to it
     else
       __syncthreads();
-    if (threadIdx.x == 0 && rank == 0 && leaves_sums()) raise_flag(flag());
+    if (threadIdx.x == 0 && rank == 0 && leaves_sums()) raise_flag(flag(), in_place() + 1);
   }
 
  private:
@@ -255,66 +255,40 @@ class AttendHopper {
 
   // --- where the sums go ---
 
+  static constexpr int kQuads = T::kSums * 8;
+  __device__ __forceinline__ int summing() const { return threadIdx.x - T::kGroup; }  // thread
+  __device__ __forceinline__ int in_place() const { return split() & ((1 << a.sharing) - 1); }
   __device__ __forceinline__ bool leaves_sums() const {
-    return a.with_grad && split() % 2 == 0 && split() + 1 < splits();
+    return a.with_grad && in_place() + 1 < 1 << a.sharing && split() + 1 < splits();
   }
   // A block's own 64 x kSlice numbers of part_out: see part_out_at().
   __device__ __forceinline__ int part() const {
-    return (split() / 2 * gridDim.y + blockIdx.y) * T::kCluster + rank;
+    return ((split() >> a.sharing) * gridDim.y + blockIdx.y) * T::kCluster + rank;
+  }
+  __device__ __forceinline__ float* place() const {
+    return a.part_out + int64_t(part()) * (T::kLocal * T::kSlice);
   }
   __device__ __forceinline__ int* flag() const {
     return (kQuerySide ? a.query_done : a.passage_done) + part() / T::kCluster;
   }
 
-  // The first split of a pair leaves its sums as they lie in registers; the second, or one that is
-  // alone, the sums of both by local vector.
+  // The last split of a place stores the sums of all by local vector; those before it leave them as
+  // they lie in registers.
   __device__ __forceinline__ void store(int which, float (&acc)[T::kSums][32]) {
-    float* const place = a.part_out + int64_t(part()) * (T::kLocal * T::kSlice);
-    const int thread = threadIdx.x - T::kGroup;  // of two warpgroups
-    constexpr int kQuads = T::kSums * 8;
+    if (in_place() > 0) {
+      add_left_sums(acc);
+      named_sync<2 * T::kGroup>(2);  // what was left has been read
+    }
     if (leaves_sums()) {
+      float4* const to = reinterpret_cast<float4*>(place()) + summing();
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) {
         const float* x = &acc[q / 8][q % 8 * 4];
-        reinterpret_cast<float4*>(place)[q * 2 * T::kGroup + thread] = {x[0], x[1], x[2], x[3]};
+        to[q * 2 * T::kGroup] = {x[0], x[1], x[2], x[3]};
       }
       return;
     }
-    if (split() % 2 == 1) {
-      named_sync<2 * T::kGroup>(2);  // tiles are no longer read
-      if (lane == 0) wait_for_flag(flag());
-      __syncwarp();
-      float4* const theirs = reinterpret_cast<float4*>(sh.tile) + thread;
-#pragma unroll
-      for (int q = 0; q < kQuads; ++q)
-        copy_16(shared_address(theirs + q * 2 * T::kGroup),
-                reinterpret_cast<float4*>(place) + q * 2 * T::kGroup + thread, true);
-      copy_commit();
-      if (kQuerySide && thread < T::kLocal) {
-        const float2 f = factors(thread);
-        sh.shrink[0][thread] = f.x;
-        sh.shrink[1][thread] = f.y;
-      }
-      copy_wait<0>();
-      if (kQuerySide) named_sync<2 * T::kGroup>(2);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        float2 mine{1, 1}, other{1, 1};
-        if constexpr (kQuerySide) {
-          mine = *reinterpret_cast<const float2*>(&sh.shrink[0][my_local(j)]);
-          other = *reinterpret_cast<const float2*>(&sh.shrink[1][my_local(j)]);
-        }
-#pragma unroll
-        for (int c = 0; c < T::kSums; ++c) {
-          const float4 x = load_in_order(shared_address(theirs + (c * 8 + j) * 2 * T::kGroup));
-          acc[c][4 * j] = acc[c][4 * j] * mine.x + x.x * other.x;
-          acc[c][4 * j + 1] = acc[c][4 * j + 1] * mine.y + x.y * other.y;
-          acc[c][4 * j + 2] = acc[c][4 * j + 2] * mine.x + x.z * other.x;
-          acc[c][4 * j + 3] = acc[c][4 * j + 3] * mine.y + x.w * other.y;
-        }
-      }
-      named_sync<2 * T::kGroup>(2);  // what the first split has left has been read
-    }
+    float* const to = place();
     const float unshift = kQuerySide ? 1.f : exp2_(-weight_shift<S>(kSide));
 #pragma unroll
     for (int c = 0; c < T::kSums; ++c)
@@ -322,14 +296,50 @@ class AttendHopper {
       for (int j = 0; j < 8; ++j)
 #pragma unroll
         for (int x = 0; x < 4; ++x)
-          place[(my_local(j) + x % 2) * T::kSlice + (which * T::kSums + c) * kBoxColumns +
-                my_row() + x / 2 * 8] = acc[c][4 * j + x] * unshift;
+          to[(my_local(j) + x % 2) * T::kSlice + (which * T::kSums + c) * kBoxColumns + my_row() +
+             x / 2 * 8] = acc[c][4 * j + x] * unshift;
   }
-  // For this split's sums and for those of the first of the pair: see pair_max().
+  // What the splits before this one have left, once they have.
+  __device__ __forceinline__ void add_left_sums(float (&acc)[T::kSums][32]) {
+    const int thread = summing();
+    named_sync<2 * T::kGroup>(2);  // tiles are no longer read
+    if (lane == 0) wait_for_flag(flag(), in_place());
+    __syncwarp();
+    float4* const theirs = reinterpret_cast<float4*>(sh.tile) + thread;
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q)
+      copy_16(shared_address(theirs + q * 2 * T::kGroup),
+              reinterpret_cast<const float4*>(place()) + q * 2 * T::kGroup + thread, true);
+    copy_commit();
+    if (kQuerySide && thread < T::kLocal) {
+      const float2 f = factors(thread);
+      sh.shrink[0][thread] = f.x;
+      sh.shrink[1][thread] = f.y;
+    }
+    copy_wait<0>();
+    if (kQuerySide) named_sync<2 * T::kGroup>(2);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      float2 mine{1, 1}, other{1, 1};
+      if constexpr (kQuerySide) {
+        mine = *reinterpret_cast<const float2*>(&sh.shrink[0][my_local(j)]);
+        other = *reinterpret_cast<const float2*>(&sh.shrink[1][my_local(j)]);
+      }
+#pragma unroll
+      for (int c = 0; c < T::kSums; ++c) {
+        const float4 x = load_in_order(shared_address(theirs + (c * 8 + j) * 2 * T::kGroup));
+        acc[c][4 * j] = acc[c][4 * j] * mine.x + x.x * other.x;
+        acc[c][4 * j + 1] = acc[c][4 * j + 1] * mine.y + x.y * other.y;
+        acc[c][4 * j + 2] = acc[c][4 * j + 2] * mine.x + x.z * other.x;
+        acc[c][4 * j + 3] = acc[c][4 * j + 3] * mine.y + x.w * other.y;
+      }
+    }
+  }
+  // For this split's sums and for those that were left: see max_of_splits().
   __device__ __forceinline__ float2 factors(int l) const {
     if (first() + l >= total()) return {1, 1};
     const float mine = sh.reference[0][l] * kLn2;
-    const float other = a.part_max[int64_t(split() - 1) * total() + first() + l];
+    const float other = a.max_of_splits(split() - in_place(), split(), first() + l);
     const float top = fmaxf(fmaxf(mine, other), -1e30f);  // -inf minus -inf would be NaN
     return {exp2_((mine - top) * kLog2e), exp2_((other - top) * kLog2e)};
   }

@@ -7,7 +7,7 @@
 namespace contaccum {
 
 // Up to 64 columns that one product covers.
-struct ColumnTile {
+struct alignas(16) ColumnTile {  // which is read at once
   enum { piece, groups, rest } kind;
   bool local;      // else of the bank
   int begin, end;  // flat: slot * m + kind of passage

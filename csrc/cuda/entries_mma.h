@@ -31,13 +31,6 @@ int64_t columns_of_batch(const CudaStep& step) {  // blocks that it touches are 
   return columns_of_entries<S>(step, step.batch.n, 2 * step.layout.block);
 }
 
-// Where the batch's entries share the launch of the rows of a small bank.
-template <class S>
-bool takes_entries_with_rows(const CudaStep& step) {
-  return takes_few_rows_mma<S>(step) && !step.options.keep_expected &&
-         columns_of_batch<S>(step) == SmallEntries::kColumns;
-}
-
 enum class Entries;
 
 // What a launch covers besides Args.
@@ -48,6 +41,10 @@ struct EntryLaunch {
   int64_t blocks;   // besides head's and the next
   int64_t columns;  // of a tile: entry_columns()
 };
+
+inline int64_t thread_blocks(const EntryLaunch& launch, int64_t strips, int64_t rows_at_once) {
+  return ceil_div(launch.rows, rows_at_once) * strips * (2 + launch.blocks);
+}
 
 template <class S>
 void launch_entries_mma(const Args<S>& a, const EntryLaunch& launch, cudaStream_t stream);

@@ -8,6 +8,7 @@
 #include "entries_mma.cuh"
 #include "entries_mma.h"
 #include "rows_mma.cuh"
+#include "shared_memory.cuh"
 
 namespace contaccum {
 
@@ -18,8 +19,8 @@ void launch_tile(const Args<S>& a, const CudaDevice& device, int splits, cudaStr
   const int room = (device.shared_bytes - Tile::kSharedBytes) / Tile::kStageBytes;
   const int stages = std::max(1, std::min(room, kMaxStages));
   const int bytes = Tile::kSharedBytes + stages * Tile::kStageBytes;
-  const auto kernel = attend_mma<S, kQuerySide, MT, NT>;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  constexpr auto kernel = attend_mma<S, kQuerySide, MT, NT>;
+  allow_shared_bytes<kernel>(bytes);
   const int locals = kQuerySide ? a.n : a.n * a.m;
   kernel<<<dim3(splits, ceil_div(locals, Tile::kLocal)), kThreads, bytes, stream>>>(a, stages);
 }
@@ -59,8 +60,8 @@ template <class S, class Tile>
 void launch_rows(const Args<S>& a, int parts, cudaStream_t stream) {
   static_assert(Tile::kMinOffsetBlock == 32, "takes_rows_mma() says so");
   constexpr int bytes = sizeof(typename BankedRowsMma<S, Tile>::Shared);
-  const auto kernel = banked_rows_mma<S, Tile>;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  constexpr auto kernel = banked_rows_mma<S, Tile>;
+  allow_shared_bytes<kernel>(bytes);
   kernel<<<dim3(a.row_blocks, parts), kThreads, bytes, stream>>>(a);
 }
 
@@ -73,8 +74,8 @@ void launch_few_rows(const Args<S>& a, int parts, const EntryLaunch& entries, cu
   constexpr int bytes =
       std::max<int>(sizeof(typename BankedRowsMma<S, FewRows>::Shared), SmallEntries::kSharedBytes);
   const dim3 grid = entries_grid(a.strips, entries, SmallEntries::kRows);
-  const auto kernel = few_rows_mma<S>;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  constexpr auto kernel = few_rows_mma<S>;
+  allow_shared_bytes<kernel>(bytes);
   kernel<<<a.row_blocks * parts + grid.x * grid.y * grid.z, kThreads, bytes, stream>>>(a, parts,
                                                                                        grid);
 }
@@ -86,7 +87,7 @@ void launch_rows_mma(const Args<S>& a, const CudaStep& step, const EntryLaunch* 
       FewRows::kRows == kFewRowsMma && NarrowRows::kRows == kRowsMma && WideRows::kRows == kRowsMma,
       "row_blocks() counts them");
   if (takes_few_rows_mma<S>(step)) {
-    const int parts = a.incremental && a.row_blocks <= step.device.multiprocessors ? 2 : 1;
+    const int parts = few_rows_parts(step, a);
     if (entries != nullptr) return launch_few_rows<S>(a, parts, *entries, stream);
     return launch_rows<S, FewRows>(a, parts, stream);
   }
@@ -103,8 +104,8 @@ template <class S, class Tile, bool kExpect>
 void launch_entries(const Args<S>& a, const EntryLaunch& launch, cudaStream_t stream) {
   static_assert(sizeof(typename ScoreEntries<S, Tile, kExpect>::Shared) == Tile::kSharedBytes,
                 "entry_columns() counts what the kernel needs");
-  const auto kernel = score_entries_mma<S, Tile, kExpect>;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
+  constexpr auto kernel = score_entries_mma<S, Tile, kExpect>;
+  allow_shared_bytes<kernel>(Tile::kSharedBytes);
   const dim3 grid = entries_grid(a.strips, launch, Tile::kRows);
   kernel<<<grid, kThreads, Tile::kSharedBytes, stream>>>(a, launch.which, launch.first_row);
 }

@@ -7,6 +7,7 @@
 #include "attend_sm90a.cuh"
 #include "attend_sm90a.h"
 #include "rows_sm90a.cuh"
+#include "shared_memory.cuh"
 
 namespace contaccum {
 
@@ -37,8 +38,7 @@ struct AttendLaunch {
   cudaLaunchAttribute cluster{};
 
   AttendLaunch(int splits, int64_t locals, cudaStream_t stream) {
-    cudaFuncSetAttribute(attend_sm90a<S, kSide, T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         kBytes);
+    allow_shared_bytes<attend_sm90a<S, kSide, T>>(kBytes);
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim = {T::kCluster, 1, 1};
     config.gridDim = dim3(splits * T::kCluster, unsigned(ceil_div(locals, T::kLocal)));
@@ -100,8 +100,8 @@ template <class S, class T>
 void launch_rows_tile(const Args<S>& a, const RowsMaps& maps, cudaStream_t stream) {
   constexpr int bytes = sizeof(RowsShared<T>);
   static_assert(bytes <= 227 << 10, "what a block may have");
-  const auto kernel = banked_rows_sm90a<S, T>;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  constexpr auto kernel = banked_rows_sm90a<S, T>;
+  allow_shared_bytes<kernel>(bytes);
   kernel<<<a.row_blocks, T::kThreads, bytes, stream>>>(a, maps);
 }
 

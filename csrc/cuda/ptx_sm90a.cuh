@@ -101,14 +101,14 @@ __device__ __forceinline__ float4 load_in_order(uint32_t from) {
 
 // --- flags in global memory, from one thread block to another ---
 
-// What the thread has written or has seen written can be read by who waits for the flag.
-__device__ __forceinline__ void raise_flag(int* flag) {
-  asm volatile("st.release.gpu.global.s32 [%0], 1;\n" ::"l"(flag) : "memory");
+// What the thread has written or has seen written can be read by who waits for this height.
+__device__ __forceinline__ void raise_flag(int* flag, int height) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;\n" ::"l"(flag), "r"(height) : "memory");
 }
-__device__ __forceinline__ void wait_for_flag(const int* flag) {
+__device__ __forceinline__ void wait_for_flag(const int* flag, int height) {
   int raised = 0;
   do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(raised) : "l"(flag) : "memory");
-  while (raised == 0);
+  while (raised < height);
 }
 
 // --- named barriers: some of the warps of a block ---
@@ -164,6 +164,12 @@ __device__ __forceinline__ void copy_box_to(uint16_t blocks, uint32_t to, const 
       "multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;\n" ::"r"(to),
       "l"(map), "r"(k), "r"(kind), "r"(row), "r"(barrier), "h"(blocks)
       : "memory");
+}
+// A box into the second cache level.
+__device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int k, int kind, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];\n" ::"l"(map),
+               "r"(k), "r"(kind), "r"(row)
+               : "memory");
 }
 // A line of global memory into the first cache level.
 __device__ __forceinline__ void prefetch_line(const void* address) {

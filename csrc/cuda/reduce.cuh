@@ -61,13 +61,6 @@ __device__ Acc<S> warp_dot(const S* x, const S* y, int d) {
   return warp_sum(sum);
 }
 
-// What the sums of two splits in one place of part_out are relative to.
-template <class S>
-__device__ Acc<S> pair_max(const Args<S>& a, int place, int splits, int row) {
-  const Acc<S>* top = a.part_max + 2 * int64_t(place) * a.n + row;
-  return 2 * place + 1 < splits && top[a.n] > top[0] ? top[a.n] : top[0];
-}
-
 // Grid (n, d / C).
 template <class S, int C>
 __global__ void __launch_bounds__(kThreads) finish_queries(const Args<S> a) {
@@ -112,7 +105,8 @@ __global__ void __launch_bounds__(kThreads) finish_queries(const Args<S> a) {
   __shared__ A weights[kMaxSplits + 1];
   const int places = a.places(splits, a.query_slice);
   for (int p = threadIdx.x; p < places; p += kThreads) {
-    const A top = a.query_slice ? pair_max(a, p, splits, row) : a.part_max[int64_t(p) * a.n + row];
+    const int sharing = a.query_slice ? 1 << a.sharing : 1;
+    const A top = a.max_of_splits(p * sharing, min((p + 1) * sharing, splits), row);
     weights[p] = top == minus_infinity<A>() ? A(0) : exp_(top - lse);
   }
   __syncthreads();

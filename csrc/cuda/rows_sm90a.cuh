@@ -5,56 +5,16 @@
 //   the slots that upkeep needs. It goes on to other rows while there are: what it copies runs
 //   ahead. Up to four tiles of 64 columns, which may lie anywhere, make one product. Rows and
 //   columns stream through shared memory by slices of 64 elements of d.
+// - The thread that copies is the one that works out which columns come, and leaves that in shared
+//   memory: code that every warp would run once a tile does not stay in the instruction cache.
 // - The two blocks of a cluster need the same columns: each fetches every other tile for both.
 // - A warpgroup has 64 rows. A thread carries the sums of two rows over its columns in registers,
 //   from tile to tile; the four lanes of a row meet only where a range of columns ends.
 #pragma once
 
-#include "column_walk.cuh"
-#include "online_softmax.cuh"
-#include "ptx_sm90a.cuh"
-#include "tile_config.cuh"
+#include "rows_sm90a_shared.cuh"
 
 namespace contaccum {
-
-struct RowsMaps {
-  CUtensorMap rows, local_columns, banked_columns;
-};
-
-template <class T>
-struct RowsShared {
-  char rows[T::kStages][2][T::kBoxBytes];  // first: boxes must be aligned to 1024 bytes
-  char columns[T::kStages][T::kTiles][T::kBoxBytes];
-  int64_t column_id[2][T::kTiles][kBoxRows];  // by warpgroup
-  double losses[T::kWarpsScoring];
-  uint64_t full[T::kStages], empty[T::kStages];
-};
-
-// A log-sum-exp under construction, base 2, of one thread's columns.
-struct Lse2 {
-  float max = minus_infinity<float>(), sum = 0;
-  __device__ __forceinline__ void add(float other_max, float other_sum) {
-    const float both = fmaxf(max, other_max);
-    const float top = fmaxf(both, -1e30f);  // -inf minus -inf would be NaN
-    sum = sum * exp2_(max - top) + other_sum * exp2_(other_max - top);
-    max = both;
-  }
-  // Over the four lanes of a row; all get the result.
-  __device__ __forceinline__ void merge_lanes() {
-#pragma unroll
-    for (int bit = 1; bit < 4; bit *= 2) {
-      const float other_max = __shfl_xor_sync(0xffffffffu, max, bit);
-      const float other_sum = __shfl_xor_sync(0xffffffffu, sum, bit);
-      add(other_max, other_sum);
-    }
-  }
-  __device__ __forceinline__ Lse<float> natural() const {
-    Lse<float> lse;
-    lse.max = max * kLn2;
-    lse.sum = sum;
-    return lse;
-  }
-};
 
 template <class S, class T>
 class BankedRowsHopper {
@@ -79,6 +39,7 @@ class BankedRowsHopper {
         barrier_init(at(sh.full[s]), 1);
         barrier_init(at(sh.empty[s]), 2 * T::kWarpsScoring);  // of both blocks
       }
+      for (int b = 0; b < 2; ++b) barrier_init(at(sh.round_over[b]), 2 * T::kGroup);
       barrier_init_fence();
     }
     cluster_sync();
@@ -107,39 +68,50 @@ class BankedRowsHopper {
   // --- one thread: rows and columns from global memory ---
 
   __device__ void copy() {
-    int done = 0;
-    for (int r = first_rows(); r < rows_end(); r += rows_step()) copy_rows(r, done);
+    int done = 0, round = 0;
+    for (int r = first_rows(); r < rows_end(); r += rows_step()) {
+      ColumnWalk<S> walk(a, ring, upkeep);
+      for (bool more = walk.next(); more; ++round) {
+        more = describe_round(walk, round);
+        copy_round(r, round % 2, done);
+      }
+      const int next = r + rows_step();  // while these are scored
+      if (next < rows_end()) prefetch_rows(maps, next, slices);
+    }
   }
-  __device__ void copy_rows(int first_row, int& done) {
-    ColumnWalk<S> walk(a, ring, upkeep);
-    bool more = walk.next();
-    while (more) {
-      const CUtensorMap* map[T::kTiles];
-      int begin[T::kTiles], tiles = 0;
+  // The next tiles of columns; false if they are the last.
+  __device__ bool describe_round(ColumnWalk<S>& walk, int round) {
+    const int b = round % 2;
+    if (round >= 2) barrier_wait(at(sh.round_over[b]), (round / 2 - 1) & 1);
+    bool more = true;
+    int tiles = 0;
+#pragma unroll 1
+    for (; tiles < T::kTiles && more; ++tiles) {
+      sh.tile[b][tiles] = walk.tile;
+      more = walk.next();
+    }
+    sh.tiles[b] = tiles;
+    sh.last[b] = !more;
+    return more;
+  }
+  __device__ void copy_round(int first_row, int b, int& done) {
+    const int tiles = sh.tiles[b];
+#pragma unroll 1
+    for (int s = 0; s < slices; ++s, ++done) {
+      const int stage = done % T::kStages;
+      const uint32_t full = at(sh.full[stage]);
+      // Both blocks have used what the stage held: either may now write to both.
+      if (done >= T::kStages) barrier_wait(at(sh.empty[stage]), (done / T::kStages - 1) & 1);
+      barrier_expect(full, (2 + tiles) * T::kBoxBytes);
 #pragma unroll
-      for (int q = 0; q < T::kTiles; ++q) {
-        if (!more) continue;
-        map[q] = walk.tile.local ? &maps.local_columns : &maps.banked_columns;
-        begin[q] = walk.tile.begin;
-        ++tiles;
-        more = walk.next();
-      }
-      for (int s = 0; s < slices; ++s, ++done) {
-        const int stage = done % T::kStages;
-        const uint32_t full = at(sh.full[stage]);
-        // Both blocks have used what the stage held: either may now write to both.
-        if (done >= T::kStages) barrier_wait(at(sh.empty[stage]), (done / T::kStages - 1) & 1);
-        barrier_expect(full, (2 + tiles) * T::kBoxBytes);
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-          copy_box(shared_address(sh.rows[stage][h]), &maps.rows, s * kBoxColumns, 0,
-                   first_row + h * kBoxRows, full);
-#pragma unroll
-        for (int q = 0; q < T::kTiles; ++q)
-          if (q < tiles && q % 2 == rank)
-            copy_box_to(3, shared_address(sh.columns[stage][q]), map[q], s * kBoxColumns, 0,
-                        begin[q], full);
-      }
+      for (int h = 0; h < 2; ++h)
+        copy_box(shared_address(sh.rows[stage][h]), &maps.rows, s * kBoxColumns, 0,
+                 first_row + h * kBoxRows, full);
+#pragma unroll 1
+      for (int q = rank; q < tiles; q += 2)
+        copy_box_to(3, shared_address(sh.columns[stage][q]),
+                    sh.tile[b][q].local ? &maps.local_columns : &maps.banked_columns,
+                    s * kBoxColumns, 0, sh.tile[b][q].begin, full);
     }
   }
 
@@ -157,13 +129,13 @@ class BankedRowsHopper {
   };
 
   __device__ __forceinline__ double score() {
-    int done = 0;
+    int done = 0, round = 0;
     double loss = 0;
 #pragma unroll 1
-    for (int r = first_rows(); r < rows_end(); r += rows_step()) loss += score_rows(r, done);
+    for (int r = first_rows(); r < rows_end(); r += rows_step()) loss += score_rows(r, done, round);
     return loss;
   }
-  __device__ __forceinline__ double score_rows(int first_row, int& done) {
+  __device__ __forceinline__ double score_rows(int first_row, int& done, int& round) {
     Rows r;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -178,33 +150,52 @@ class BankedRowsHopper {
         for (int c = lane * 32; c < padded; c += 32 * 32)
           prefetch_line(a.passage_bias + r.bias[h] * padded + c);
       }
+      // Needed behind the products, and kept in registers only from there on.
       if (upkeep) {
-        r.fresh[h].max = a.row(kFreshMax)[r.slot[h]];
-        r.fresh[h].sum = a.row(kFreshSum)[r.slot[h]];
+        prefetch_line(&a.row(kFreshMax)[r.slot[h]]);
+        prefetch_line(&a.row(kFreshSum)[r.slot[h]]);
+      }
+      if (a.banked_rows) {
+        prefetch_line(&a.row(a.banked_columns ? kRowLse : kPositive)[r.slot[h]]);
+        prefetch_line(&a.row(kPositive)[r.slot[h]]);
       }
     }
+    bool begun = false;
     float s[T::kTiles][32];
-    ColumnWalk<S> walk(a, ring, upkeep), ahead(a, ring, upkeep);
-    bool more = uniform(walk.next());
-    while (more) {
+    for (bool last = false; !last; ++round) {
+      const int b = round % 2;
+      barrier_wait(at(sh.full[done % T::kStages]), done / T::kStages & 1);
+      const int tiles = sh.tiles[b];
+      last = uniform(sh.last[b]);
       int64_t id[T::kTiles / 2];
-      if (a.masked()) ask_for_ids(ahead, id);
+      if (a.masked()) ask_for_ids(sh.tile[b], tiles, id);
       multiply(done, s);
       if (a.masked()) share_ids(id);
+      if (upkeep && !begun)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          if (r.valid[h]) {
+            r.fresh[h].max = a.row(kFreshMax)[r.slot[h]];
+            r.fresh[h].sum = a.row(kFreshSum)[r.slot[h]];
+          }
+      begun = true;
       // One copy of the code for all tiles, or it would not fit the instruction cache: 32 moves are
       // cheaper.
 #pragma unroll 1
-      for (int q = 0; q < T::kTiles && more; ++q) {
+      for (int q = 0; uniform(q < tiles); ++q) {
         float tile[32];
 #pragma unroll
         for (int p = 0; p < T::kTiles; ++p)
-          if (p == q)
+          if (p == q) {
 #pragma unroll
             for (int x = 0; x < 32; ++x) tile[x] = s[p][x];
-        add_tile(walk.tile, q, tile, r);
-        more = uniform(walk.next());
+            hold(tile);  // a branch, not a choice of each register
+          }
+        const ColumnTile t = sh.tile[b][q];
+        add_tile(t, q, tile, r);
       }
       if (a.masked()) sync_group();  // before the ids of the next tiles
+      barrier_arrive(at(sh.round_over[b]));
     }
     return finish(r);
   }
@@ -217,14 +208,15 @@ class BankedRowsHopper {
   __device__ __forceinline__ int my_column(int j) const { return 8 * j + lane % 4 * 2; }
   __device__ __forceinline__ void sync_group() const { named_sync<T::kGroup>(1 + group); }
 
-  // Ids of the next columns: half of the warpgroup asks for those of every other tile.
-  __device__ __forceinline__ void ask_for_ids(ColumnWalk<S>& ahead, int64_t (&id)[T::kTiles / 2]) {
+  // Ids of the columns: half of the warpgroup asks for those of every other tile.
+  __device__ __forceinline__ void ask_for_ids(const ColumnTile* round, int tiles,
+                                              int64_t (&id)[T::kTiles / 2]) const {
     const int half = threadIdx.x / kBoxRows % 2, l = threadIdx.x % kBoxRows;
 #pragma unroll
-    for (int q = 0; q < T::kTiles; ++q) {
-      const ColumnTile& t = ahead.tile;
-      if (!ahead.next() || q % 2 != half) continue;
-      id[q / 2] = t.begin + l < t.end ? (t.local ? a.local_ids : a.ids)[t.begin + l] : -1;
+    for (int x = 0; x < T::kTiles / 2; ++x) {
+      const ColumnTile& t = round[2 * x + half];
+      if (2 * x + half < tiles)
+        id[x] = t.begin + l < t.end ? (t.local ? a.local_ids : a.ids)[t.begin + l] : -1;
     }
   }
   __device__ __forceinline__ void share_ids(const int64_t (&id)[T::kTiles / 2]) {
@@ -380,29 +372,66 @@ class BankedRowsHopper {
     }
   }
 
+  // Of G groups, lanes that differ in `bit` keep one half each, with the sums of both; of one, all.
+  template <int G, int kGroups>
+  __device__ __forceinline__ void share_out(int bit, float (&top)[2][kGroups],
+                                            float (&sum)[2][kGroups]) const {
+    const bool upper = lane & bit;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if constexpr (G == 1) {
+        sum[h][0] += __shfl_xor_sync(0xffffffffu, sum[h][0], bit);
+      } else {
+#pragma unroll
+        for (int k = 0; k < G / 2; ++k) {
+          const float theirs = upper ? sum[h][k] : sum[h][k + G / 2];
+          sum[h][k] = upper ? sum[h][k + G / 2] : sum[h][k];
+          sum[h][k] += __shfl_xor_sync(0xffffffffu, theirs, bit);
+          top[h][k] = upper ? top[h][k + G / 2] : top[h][k];
+        }
+      }
+    }
+  }
   // The tile's groups, each a log-sum-exp of its own, into the table. N: columns of a group / 8.
+  // All at once, as each is a chain of shuffles.
   template <int N>
   __device__ __forceinline__ void keep_groups_of(const ColumnTile& t, const float (&s)[32],
                                                  const Rows& r) {
+    constexpr int G = 8 / N, kHalf = G > 1 ? G / 2 : 1, kQuarter = kHalf > 1 ? kHalf / 2 : 1;
+    float top[2][G], sum[2][G] = {};
 #pragma unroll
-    for (int k = 0; k < 8 / N; ++k) {
-      float* const to = a.group_lse + int64_t(t.group + k) * a.capacity;
+    for (int h = 0; h < 2; ++h)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float top = minus_infinity<float>(), sum = 0;
-#pragma unroll
-        for (int j = k * N; j < (k + 1) * N; ++j)
-          top = fmaxf(top, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        const float from = fmaxf(top, -1e30f);  // -inf minus -inf would be NaN
+      for (int k = 0; k < G; ++k) {
+        top[h][k] = -1e30f;  // -inf minus -inf would be NaN
 #pragma unroll
         for (int j = k * N; j < (k + 1) * N; ++j)
-          sum += exp2_(s[4 * j + 2 * h] - from) + exp2_(s[4 * j + 2 * h + 1] - from);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        if (leads() && r.valid[h] && k < t.count) to[r.slot[h]] = (from + log2f(sum)) * kLn2;
+          top[h][k] = fmaxf(top[h][k], fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
       }
+#pragma unroll
+    for (int bit = 1; bit < 4; bit *= 2)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int k = 0; k < G; ++k)
+          top[h][k] = fmaxf(top[h][k], __shfl_xor_sync(0xffffffffu, top[h][k], bit));
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        sum[h][j / N] +=
+            exp2_(s[4 * j + 2 * h] - top[h][j / N]) + exp2_(s[4 * j + 2 * h + 1] - top[h][j / N]);
+    share_out<G>(2, top, sum);
+    share_out<kHalf>(1, top, sum);
+    const int first = (G > 1 && lane & 2 ? G / 2 : 0) + (kHalf > 1 && lane & 1 ? kHalf / 2 : 0);
+    const bool stores = (G > 1 || !(lane & 2)) && (kHalf > 1 || !(lane & 1));
+#pragma unroll
+    for (int k = 0; k < kQuarter; ++k) {
+      float* const to = a.group_lse + int64_t(t.group + first + k) * a.capacity;
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        if (stores && r.valid[h] && first + k < t.count)
+          to[r.slot[h]] = (top[h][k] + log2f(sum[h][k])) * kLn2;
     }
   }
   __device__ __forceinline__ void keep_groups(const ColumnTile& t, const float (&s)[32],
