@@ -121,8 +121,9 @@ template <class S>
 bool takes_entries_with_rows(const CudaStep& step, const Args<S>& a) {
   if (!a.incremental || !takes_few_rows_mma<S>(step) || step.options.keep_expected) return false;
   const EntryLaunch entries = entries_of_batch<S>(step);
-  const int64_t blocks = int64_t(a.row_blocks) * few_rows_parts(step, a) +
-                         thread_blocks(entries, a.strips, SmallEntries::kRows);
+  const dim3 grid = entries_grid(a.strips, entries, SmallEntries::kRows);
+  const int64_t blocks =
+      int64_t(a.row_blocks) * few_rows_parts(step, a) + int64_t(grid.x) * grid.y * grid.z;
   return entries.columns == SmallEntries::kColumns &&
          blocks <= kFewRowsAtOnce * step.device.multiprocessors;
 }

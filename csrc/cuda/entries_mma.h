@@ -42,8 +42,8 @@ struct EntryLaunch {
   int64_t columns;  // of a tile: entry_columns()
 };
 
-inline int64_t thread_blocks(const EntryLaunch& launch, int64_t strips, int64_t rows_at_once) {
-  return ceil_div(launch.rows, rows_at_once) * strips * (2 + launch.blocks);
+inline dim3 entries_grid(int strips, const EntryLaunch& launch, int rows_at_once) {
+  return dim3(ceil_div(launch.rows, rows_at_once), strips, 2 + launch.blocks);
 }
 
 template <class S>

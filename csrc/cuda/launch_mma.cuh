@@ -65,10 +65,6 @@ void launch_rows(const Args<S>& a, int parts, cudaStream_t stream) {
   kernel<<<dim3(a.row_blocks, parts), kThreads, bytes, stream>>>(a);
 }
 
-inline dim3 entries_grid(int strips, const EntryLaunch& launch, int rows_at_once) {
-  return dim3(ceil_div(launch.rows, rows_at_once), strips, 2 + launch.blocks);
-}
-
 template <class S>
 void launch_few_rows(const Args<S>& a, int parts, const EntryLaunch& entries, cudaStream_t stream) {
   constexpr int bytes =
