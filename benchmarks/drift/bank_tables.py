@@ -160,12 +160,12 @@ def sizes() -> list[Setting]:
     """Banks of two and of 32 updates, moved between updates alone, everywhere."""
     found = []
     options = CHOSEN | {"between": True}
+    changes = (*EVERYWHERE, {"row_weighting": "all"}, {})
     for seed in (1, 2):
         for data in DATA:
             here = _plain(seed, data) + [
                 Setting(data, seed, bank=bank, correction="follow-mean", options=options)
                 for bank in (4096, 256)
             ]
-            changes = (*EVERYWHERE, {"row_weighting": "all"}, {})
             found += [replace(x, **change) for change in changes for x in here]
     return found
