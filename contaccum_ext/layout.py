@@ -48,13 +48,21 @@ class BankLayout:
         """Balance the table's two parts, capacity / block and block / group entries a row.
 
         The group grows with the capacity so that both together stay a small fraction of a bank row:
-        128 entries (512 bytes) at 32,768 slots, 256 at a million.
+        128 entries (512 bytes) at 32,768 slots, 256 at a million. An offset serves 64 slots, from
+        8,192 slots on up to a 64th of the bank: little drift beside that over all of it, and no
+        bank has more than 256 offsets.
         """
         group = 8 if capacity <= 1 << 16 else 16 if capacity <= 1 << 18 else 64
         block = max(group, math.isqrt(max(capacity, 1) * group))
-        unit = 64 if block >= 64 else group
+        # Of an offset block: a power of two, at most half of a block, at least 128 in the bank.
+        unit = 1 << max(6, min(block // 2, capacity // 128).bit_length() - 1)
+        unit = group if block < 64 else unit
         block = -(-block // unit) * unit
-        return BankLayout(group, min(64, block), block)
+        most = max(64, capacity // 64)
+        parts = 1
+        while block % (parts * unit) or block > parts * most:
+            parts += 1
+        return BankLayout(group, block // parts, block)
 
     def blocks(self, capacity: int) -> int:
         """Rows of the table."""

@@ -60,6 +60,15 @@ def test_the_default_layout_keeps_the_table_small(capacity):
     assert layout.blocks(capacity) <= 4 * layout.groups() + 4
 
 
+@given(capacity=st.integers(512, 2**22))
+def test_an_offset_serves_64_slots_or_up_to_a_64th_of_the_bank(capacity):
+    """Whole tiles of the kernels; drift within so few slots is little beside that over all."""
+    size = ca.BankLayout.default(capacity).offset_block
+    assert size % 64 == 0 and size <= max(64, capacity // 64)
+    # A bank of any size has no more than 256: what they cost does not grow with it.
+    assert -(-capacity // size) <= 256
+
+
 def test_the_window_is_readable_and_settable():
     bank = ca.DualMemoryBank(20, 2, layout=ca.BankLayout(1, 2, 4))
     assert bank.window == 20

@@ -37,12 +37,15 @@ class Case:
     ids: bool = False
     window: int | None = None
     room: int = 80
+    layout: ca.BankLayout | None = None
 
     def families(self) -> list[str]:
         """Of kernels, for the loss or, beyond d = 1024, for entries of the table alone."""
         tensor_cores = self.dtype in (BF16, F16) and self.d % 8 == 0
         return ["portable", "library", *(["tensor cores"] if tensor_cores else [])]
 
+
+BLOCKS, THIRDS, SIXTY_FOURS = (ca.BankLayout(8, *x) for x in ((512, 512), (256, 768), (64, 384)))
 
 # n * m around 64 and 128, where tiles end; capacities around 4,096, below which another kernel has
 # the rows of the bank; wrapping in the middle of a tile; every d of the usual encoders.
@@ -74,9 +77,16 @@ LARGE = {
     "d = 769, odd": Case(769, BF16, 4500, (1, 65, 200)),
     "d = 1032, beyond 1024": Case(1032, BF16, 4200, (1, 65, 129), window=1000),
     # More local rows and more scores than the library multiplies at once.
-    "several chunks": Case(5, F32, 9000, (1100,), 2, ids=True, window=8000),
+    "several chunks": Case(5, F32, 8960, (1100,), 2, ids=True, window=8000),
     "several chunks, fp64": Case(6, F64, 9000, (1100,)),
     "several chunks, fp16": Case(16, F16, 9001, (1100,)),
+    # A batch as large as is promised, and banks that take it or have all slots overwritten by it.
+    "n = 8,192": Case(64, BF16, 9000, (8192, 64, 64), ids=True),
+    "n = 8,192, all slots": Case(768, F16, 4096, (8192, *[64] * 9)),
+    # Offsets of as many slots as in large banks, more than eight of them to a split and fewer.
+    "an offset for a block": Case(768, BF16, 8192, (129, 64, 65), layout=BLOCKS, ids=True),
+    "an offset for a third of a block": Case(384, F16, 9001, (64, 200), 2, layout=THIRDS),
+    "many offsets to a split": Case(768, BF16, 8200, (1500, 65), layout=SIXTY_FOURS, window=5000),
 }
 SMALL = {
     "bf16": Case(48, BF16, 300, (1, 63, 64, 65), ids=True, given=F32),
@@ -93,7 +103,9 @@ class History:
     def __init__(self, case: Case, kernels: Kernels) -> None:
         self.case, self.device, self.kernels = case, kernels.device, kernels
         self.bank = ca.DualMemoryBank(
-            case.capacity, case.d, case.m, case.dtype, self.device, drift="mean"
+            *(case.capacity, case.d, case.m, case.dtype, self.device),
+            drift="mean",
+            layout=case.layout,
         )
         self.bank.window = case.window
         self.generator = torch.Generator(self.device).manual_seed(case.d)
@@ -240,7 +252,7 @@ def run(case: Case, kernels: Kernels) -> None:
 def test_sizes_of_real_encoders(name, family, allow_kernels):
     allow_kernels(family)
     run(LARGE[name], Kernels("cuda", library=family == "library"))
-    torch.cuda.empty_cache()  # the full matrices of the largest case take 10 GB
+    torch.cuda.empty_cache()  # the full matrices of the largest case take 30 GB
 
 
 @pytest.mark.parametrize("name", SMALL)

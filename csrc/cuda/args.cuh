@@ -94,13 +94,10 @@ struct Args {
   double* losses;     // (n + row_blocks)
   double* terms;      // (n + row_blocks) of scale * dL / dscale, those of banked rows before
                       // their weight; null where it is not wanted
-  // Offsets: of each row of stored means (from means[1] on) what it adds to scores, the probability
-  // mass of its slots, and itself, rounded. Scores are in base 2, and so are query masses, as
-  // logarithms. Null where no kernel of the step reads them.
+  // Offsets: of each row of stored means (from means[1] on) what it adds to scores, in base 2, and
+  // itself, rounded. Null where no kernel of the step reads them.
   float* query_bias;      // (1 + offset_blocks, m, n padded)
   float* passage_bias;    // (1 + offset_blocks, n * m padded)
-  float* query_mass;      // (1 + offset_blocks, m, n)
-  float* passage_mass;    // (1 + offset_blocks, n * m)
   Bf16* passage_offsets;  // (1 + offset_blocks, m, d)
   Bf16* query_offsets;    // (1 + offset_blocks, d)
   void* library;          // what launch_library.cu shares out

@@ -133,7 +133,8 @@ template <class S>
 struct Arranged {
   Args<S> args;
   Arena for_entries;
-  size_t bytes;  // without entries
+  bool entries_with_rows;  // share a launch
+  size_t bytes;            // without entries
 };
 
 template <class S>
@@ -249,13 +250,11 @@ Arranged<S> arrange(const CudaStep& step, Arena arena) {
         takes_rows_sm90a<S>(step) || (takes_rows_mma<S>(step) && !takes_few_rows_mma<S>(step));
     if (sm90a_queries) {
       a.query_bias = arena.take<float>(floats);
-      a.query_mass = arena.take<float>(floats);
       a.passage_offsets = arena.take<Bf16>(vectors * y.m * y.d);
     }
     if (sm90a_passages || (a.row_blocks > 0 && large_rows))
       a.passage_bias = arena.take<float>(floats);
     if (sm90a_passages) {
-      a.passage_mass = arena.take<float>(floats);
       a.query_offsets = arena.take<Bf16>(vectors * y.d);
     }
   }
@@ -267,7 +266,8 @@ Arranged<S> arrange(const CudaStep& step, Arena arena) {
   a.part_out = behind.take<A>(a.with_grad ? sums : 0);
   // Entries take the place of the sums, which have been read by then; but where they share the
   // banked rows' launch, the sums of the passage side come after them.
-  return {a, takes_entries_with_rows(step, a) ? behind : arena, behind.size()};
+  const bool entries_with_rows = takes_entries_with_rows(step, a);
+  return {a, entries_with_rows ? behind : arena, entries_with_rows, behind.size()};
 }
 
 // Room for the parts of `rows` rows over `blocks` blocks.

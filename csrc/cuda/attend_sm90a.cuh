@@ -16,9 +16,9 @@ namespace contaccum {
 
 template <class S, Side kSide, class T>
 class AttendHopper {
-  static constexpr bool kQuerySide = kSide != Side::passages;
+  static constexpr bool kQuerySide = is_query_side(kSide);
   using Shared = HopperShared<T>;
-  using Registers = HopperRegisters<T, kSide == Side::queries_with_offsets>;
+  using Registers = HopperRegisters<T, kQuerySide, has_offsets(kSide)>;
 
  public:
   __device__ AttendHopper(const Args<S>& args, const Ring<S>& r, const HopperMaps& maps_, char* raw)
@@ -44,8 +44,6 @@ class AttendHopper {
       barrier_init(at(sh.partial_empty), 4);
       barrier_init_fence();
     }
-    if (threadIdx.x < 64) sh.ones[threadIdx.x] = std::is_same_v<S, Bf16> ? 0x3f80 : 0x3c00;
-    fence_for_products();
     if (T::kCluster == 2)
       cluster_sync();
     else
@@ -119,39 +117,26 @@ class AttendHopper {
     for (int c = 0; c < T::kSums; ++c)
 #pragma unroll
       for (int x = 0; x < 32; ++x) acc[c][x] = 0;
-    float scaled[2] = {};  // logarithms of what my_row() and 8 further have been scaled by
     for (int i = 0;; ++i) {
       const int buffer = i % 2, stage = i % T::kStages;
       barrier_wait(at(sh.weights_full[buffer]), i / 2 & 1);
       const Order order = Order(uniform(int(lane == 0 ? sh.order[buffer] : Order::skip)));
       if (order == Order::stop) break;
-      if (kQuerySide && order == Order::rescale_and_add) {
-        rescale(buffer, acc);
-        if (kSide == Side::queries_with_offsets && which == 0) rescale_masses(buffer, scaled);
-      }
-      if (kSide != Side::queries && order == Order::add_offsets) {
-        if (which == 0) weigh_offsets(buffer, stage, scaled);
-        named_sync<2 * T::kGroup>(2);
-      }
+      if (kQuerySide && order == Order::rescale_and_add) rescale(buffer, acc);
       if (order != Order::skip) {
         const uint64_t weights = matrix_at(shared_address(sh.weight[buffer]));
         const uint64_t tile =
             matrix_at(shared_address(sh.tile[stage]) + which * T::kSums * T::kBoxBytes);
-        if (!std::is_same_v<S, Bf16> && order == Order::add_offsets)
-          add_tile<Bf16>(tile, weights, acc);
+        if (has_offsets(kSide) && order == Order::add_offsets)
+          add_tile<Bf16, kOffsetRows>(tile, weights, acc);
         else
-          add_tile<S>(tile, weights, acc);
-        if (kSide != Side::queries && which == 0 && order != Order::add_offsets) {
-          const int offset = uniform(lane == 0 ? sh.slots[stage].offset : 0);
-          if (offset >= 0) sum_weights(offset, weights, scaled);
-        }
+          add_tile<S, kBoxRows>(tile, weights, acc);
       }
       // Products are all that most tiles have read by: a lane comes for its warp. Where every lane
-      // has read or written itself, every lane comes: racecheck follows none that has not.
-      const bool by_lane = order == Order::rescale_and_add || order == Order::add_offsets;
+      // has read itself, every lane comes: racecheck follows none that has not.
       __syncwarp();
       if (lane == 0) barrier_arrive(at(sh.empty[stage]));
-      if (by_lane)
+      if (order == Order::rescale_and_add)
         barrier_arrive(at(sh.weights_empty[buffer]));
       else if (lane == 0)
         barrier_arrive<32>(at(sh.weights_empty[buffer]));
@@ -159,14 +144,15 @@ class AttendHopper {
     if (a.with_grad) store(which, acc);
   }
 
-  template <class Operand>
+  // The first kRows vectors of a tile.
+  template <class Operand, int kRows>
   __device__ __forceinline__ static void add_tile(uint64_t tile, uint64_t weights,
                                                   float (&acc)[T::kSums][32]) {
 #pragma unroll
     for (int c = 0; c < T::kSums; ++c) hold(acc[c]);
     products_begin();
 #pragma unroll
-    for (int k = 0; k < kBoxRows / 16; ++k)
+    for (int k = 0; k < kRows / 16; ++k)
 #pragma unroll
       for (int c = 0; c < T::kSums; ++c) {
         const int rows = k * 16 * 128 >> 4;
@@ -195,62 +181,6 @@ class AttendHopper {
           acc[c][4 * j + 2 * h + 1] *= f.y;
         }
     }
-  }
-
-  // --- masses of tiles with an offset: by warpgroup 0, of local vectors my_row() and 8 further ---
-
-  __device__ __forceinline__ float* masses() const {
-    return kQuerySide ? a.query_mass : a.passage_mass;
-  }
-  // The tile's mass, for the offset that all its vectors have. Both blocks of a cluster store the
-  // same. Query side: a logarithm, relative to the first references.
-  __device__ __forceinline__ void sum_weights(int offset, uint64_t weights,
-                                              const float (&scaled)[2]) {
-    float mass[4] = {};
-    const uint64_t ones = constant_at(at(sh.ones));
-    hold(mass);
-    products_begin();
-#pragma unroll
-    for (int k = 0; k < kBoxRows / 16; ++k)
-      product<S, true>(mass, weights + (k * 16 * 128 >> 4), ones, k > 0);
-    products_commit();
-    products_wait<0>();
-    hold(mass);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int l = first() + my_row() + 8 * h;
-      if (lane % 4 == 0 && l < total())
-        masses()[int64_t(offset) * total() + l] =
-            kQuerySide ? log2f(mass[2 * h]) - scaled[h] : mass[2 * h];
-    }
-  }
-  __device__ __forceinline__ void rescale_masses(int buffer, float (&scaled)[2]) const {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      // 0: what has been summed so far is nothing beside what comes.
-      const float factor = sh.shrink[buffer][my_row() + 8 * h];
-      scaled[h] += factor == 0 ? -200.f : log2f(factor);
-    }
-  }
-  // A tile of offsets: their masses are their weights.
-  __device__ __forceinline__ void weigh_offsets(int buffer, int stage, const float (&scaled)[2]) {
-    const int offset = uniform(lane == 0 ? sh.slots[stage].slot : 0);
-    const int count = uniform(lane == 0 ? sh.slots[stage].count : 0);
-    __syncwarp();  // behind it the warp's masses are seen by all its lanes
-#pragma unroll 4   // loads in flight
-    for (int p = lane % 4; p < kBoxRows; p += 4)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = my_row() + 8 * h;
-        float mass = 0;
-        if (p < count && first() + row < total()) {
-          mass = masses()[int64_t(offset + p) * total() + first() + row];
-          if (kQuerySide) mass = exp2_(mass + scaled[h]);
-        }
-        char* to = sh.weight[buffer] + p * 128 + (((row / 8) ^ (p & 7)) << 4) + row % 8 * 2;
-        *reinterpret_cast<Bf16*>(to) = __float2bfloat16(mass);
-      }
-    fence_for_products();
   }
 
   // --- where the sums go ---
@@ -356,7 +286,7 @@ template <class S, Side kSide, class T>
 __global__ void __launch_bounds__(T::kThreads, 1)
     attend_sm90a(const Args<S> a, const __grid_constant__ HopperMaps maps) {
   extern __shared__ __align__(1024) char dynamic[];
-  const Ring<S> ring(a, kSide == Side::passages ? a.position : a.cursor);
+  const Ring<S> ring(a, is_query_side(kSide) ? a.cursor : a.position);
   AttendHopper<S, kSide, T>(a, ring, maps, dynamic).run();
 }
 

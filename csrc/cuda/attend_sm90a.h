@@ -6,8 +6,7 @@
 
 namespace contaccum {
 
-// A tile of kBoxRows slots has one offset, an offset one tile for each kind of passage. Biases and
-// masses, for both sides, take at most this much.
+// A tile of kBoxRows slots has one offset. The biases of both sides take at most this much.
 constexpr int64_t kOffsetBytes = 5 << 19;
 
 inline int64_t offset_array_bytes(const CudaStep& step) {
@@ -17,13 +16,13 @@ inline int64_t offset_array_bytes(const CudaStep& step) {
          int64_t(sizeof(float));
 }
 
-// Whether biases and masses have arrays.
+// Whether biases have arrays.
 template <class S>
 bool has_offset_arrays(const CudaStep& step) {
   const Layout& y = step.layout;
   return takes_tensor_cores<S>(step) && step.device.compute_capability == 90 &&
-         step.options.use_offsets && y.capacity > 0 && y.offset_block == kBoxRows &&
-         4 * offset_array_bytes(step) <= kOffsetBytes;
+         step.options.use_offsets && y.capacity > 0 && y.offset_block % kBoxRows == 0 &&
+         2 * offset_array_bytes(step) <= kOffsetBytes;
 }
 
 template <class S>

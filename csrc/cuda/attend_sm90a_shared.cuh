@@ -7,33 +7,29 @@
 
 namespace contaccum {
 
-// The query side comes twice: what offsets need there would cost registers without them.
-enum class Side { queries, queries_with_offsets, passages };
+// Each side comes twice: what offsets need would cost registers, and code to jump over, without
+// them.
+enum class Side { queries, queries_with_offsets, passages, passages_with_offsets };
+__host__ __device__ constexpr bool is_query_side(Side side) { return side < Side::passages; }
+__host__ __device__ constexpr bool has_offsets(Side side) {
+  return side == Side::queries_with_offsets || side == Side::passages_with_offsets;
+}
 
 // What the scoring warpgroup tells the summing ones about a buffer of weights.
 enum class Order : int { add, rescale_and_add, add_offsets, skip, stop };
 
 // What weighing a tile needs from global memory, asked for before its scores are there: for two
-// bank vectors of a thread and 16 local ones.
+// bank vectors of a thread.
 struct Needed {
-  float lse[2];    // passage side
-  int64_t id[2];   // query side: of the column; passage side: of the row's positive
-  float2 bias[8];  // of the tile's offset, or zero
-
-  // Whether a weight with the offset may be too small to tell the weight without it.
-  __device__ __forceinline__ bool is_far() const {
-    constexpr float kSafe = 32;
-    bool far = false;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) far |= !(bias[j].x > -kSafe) || !(bias[j].y > -kSafe);
-    return far;
-  }
+  float lse[2];   // passage side
+  int64_t id[2];  // query side: of the column; passage side: of the row's positive
+  float bias;     // of the tile's offset, where the one before has another: by the first threads
 };
 
 // Power of two by which weights are larger than they should be: see WeighHopper.
 template <class S>
 __host__ __device__ constexpr float weight_shift(Side side) {
-  return !std::is_same_v<S, F16> ? 0.f : side == Side::passages ? 14.f : 7.f;
+  return !std::is_same_v<S, F16> ? 0.f : is_query_side(side) ? 7.f : 14.f;
 }
 
 template <class T>
@@ -42,10 +38,10 @@ struct HopperShared {
   char tile[T::kStages][T::kOperandBytes];              // 64 bank vectors
   char weight[2][T::kWeightBytes];                      // (bank, local)
   float4 partial[T::kCluster == 2 ? 8 : 1][T::kGroup];  // the other block's share of the scores
-  float reference[2][T::kLocal];                        // of the loss; of the table
+  // Of the loss, less the bias of the tile's offset; of the table. Passage side: the bias.
+  float reference[2][T::kLocal];
   float shrink[2][T::kLocal];
-  float column[4][T::kLocal];     // by warp
-  alignas(16) uint16_t ones[64];  // in the bank's dtype
+  float column[4][T::kLocal];  // by warp
   int64_t local_id[T::kLocal];
   SlotTile slots[T::kStages];  // what `tile` holds; no slots behind the last
   Order order[2];

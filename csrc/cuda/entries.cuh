@@ -2,9 +2,8 @@
 //
 // - score_entries: rows against whole blocks of the bank, one warp for kTileRows rows and a strip
 //   of groups; sums by group for head's block and the next, by strip for the others.
-// - enter_rows: a thread block a row puts those together, a warp a part, and adds the row's score
-//   with its own positive; beside them a thread a row that stays, what banked_rows() has left to
-//   do.
+// - EnterRow puts those together, a warp a part, and adds the row's score with its own positive;
+//   survive() does for a row that stays what banked_rows() has left to do. See enter.cuh.
 #pragma once
 
 #include "online_softmax.cuh"
@@ -434,54 +433,6 @@ __device__ void survive(const Args<S>& a, const Ring<S>& was, const Ring<S>& rin
     set_old(a, slot, old, sums);
   }
   combine_row(a, slot, sums);
-}
-
-constexpr int kEnterWarps = 4;  // the four parts of EnterRow
-constexpr int kEnterThreads = 32 * kEnterWarps;
-
-// Grid (survivor blocks of kEnterThreads rows, then rows). With `batch` the first part brings the
-// rows that stay up to date; a rebuild has no such part.
-template <class S, bool kExpect>
-__global__ void __launch_bounds__(kEnterThreads)
-    enter_rows(const Args<S> a, Entries which, int first_row, int survivor_blocks) {
-  using A = Acc<S>;
-  const bool survivors = int(blockIdx.x) < survivor_blocks;
-  const int slot = blockIdx.x * kEnterThreads + threadIdx.x;
-  // Asked for before the barrier that has_entered() waits at: one wait for all.
-  RowSums<A, kExpect> kept{};
-  if (survivors && slot < a.capacity) kept = sums_of<kExpect>(a, slot);
-  const EntryRows<S, kExpect> rows(a, which, first_row, true);
-  if (!has_entered(a, which)) return;
-  if (survivors) {
-    if (slot < rows.was.fill && !rows.was.is_written(slot))
-      survive(a, rows.was, rows.ring, slot, kept);
-    return;
-  }
-  const int i = blockIdx.x - survivor_blocks, warp = threadIdx.x / 32;
-  if (i >= rows.count) return;
-  using RowLse = Lse<A, kExpect>;
-  const EnterRow<S, kExpect> row(rows, i);
-  const RowLse mine = warp == 0   ? row.old_groups()
-                      : warp == 1 ? row.scored_blocks()
-                      : warp == 2 ? row.fresh_blocks()
-                                  : row.fresh_groups();
-  if (warp == 3) row.score_positive();
-  __shared__ A max[kEnterWarps], sum[kEnterWarps], weighted[kEnterWarps];
-  if (threadIdx.x % 32 == 0) {
-    max[warp] = mine.max;
-    sum[warp] = mine.sum;
-    if constexpr (kExpect) weighted[warp] = mine.weighted;
-  }
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  const auto part = [&](int w) {
-    RowLse lse;
-    lse.max = max[w];
-    lse.sum = sum[w];
-    if constexpr (kExpect) lse.weighted = weighted[w];
-    return lse;
-  };
-  row.store(part(1), part(2), part(3), part(0));
 }
 
 // Another window: the same table, other blocks of it summed. Grid (C / kThreads).

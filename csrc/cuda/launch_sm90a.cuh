@@ -52,7 +52,7 @@ struct AttendLaunch {
 
 template <class S, Side kSide, class T>
 bool launch_tile_sm90a(const Args<S>& a, int splits, cudaStream_t stream) {
-  constexpr bool kQuerySide = kSide != Side::passages;
+  constexpr bool kQuerySide = is_query_side(kSide);
   HopperMaps maps;
   if (!describe<S, kQuerySide>(a, maps)) return false;
   AttendLaunch<S, kSide, T> launch(splits, kQuerySide ? a.n : a.n * a.m, stream);
@@ -91,9 +91,11 @@ int sm90a_clusters_at_once(const CudaStep& step) {
 
 template <class S>
 bool launch_attend_sm90a(const Args<S>& a, bool queries, int splits, cudaStream_t stream) {
-  if (!queries) return launch_side_sm90a<S, Side::passages>(a, splits, stream);
-  return a.use_offsets ? launch_side_sm90a<S, Side::queries_with_offsets>(a, splits, stream)
-                       : launch_side_sm90a<S, Side::queries>(a, splits, stream);
+  if (queries)
+    return a.use_offsets ? launch_side_sm90a<S, Side::queries_with_offsets>(a, splits, stream)
+                         : launch_side_sm90a<S, Side::queries>(a, splits, stream);
+  return a.use_offsets ? launch_side_sm90a<S, Side::passages_with_offsets>(a, splits, stream)
+                       : launch_side_sm90a<S, Side::passages>(a, splits, stream);
 }
 
 template <class S, class T>

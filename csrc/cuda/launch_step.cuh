@@ -3,6 +3,7 @@
 
 #include "arrange.cuh"
 #include "attend.cuh"
+#include "enter.cuh"
 #include "offsets.cuh"
 #include "reduce.cuh"
 #include "scale_grad.cuh"
@@ -23,11 +24,7 @@ class Launcher {
   const char* run() {
     const bool library = takes_library<S>(step_), expect = step_.options.keep_expected;
     const int64_t columns = int64_t(a_.n) * a_.m;
-    const auto flags = reinterpret_cast<char*>(a_.query_done);
-    if (a_.with_grad && (a_.query_slice || a_.passage_slice))
-      cudaMemsetAsync(flags, 0, reinterpret_cast<char*>(a_.part_max) - flags, stream_);
-    if constexpr (sizeof(S) == 2)
-      if (a_.query_bias != nullptr || a_.passage_bias != nullptr) prepare();
+    prepare();
     if (library)
       launch_library_queries<S>(a_, step_, stream_);
     else
@@ -57,16 +54,28 @@ class Launcher {
     else
       end_passages<kManyColumns>(columns);
     if (a_.terms != nullptr) finish_scale<S><<<1, kThreads, 0, stream_>>>(a_);
-    if (a_.incremental)
+    if (a_.incremental && !entries_with_rows_)
       enter_batch();
-    else if (a_.enqueue)
+    else if (a_.enqueue && !a_.incremental)
       rebuild(Entries::after);
     return error_;
   }
 
  private:
   Launcher(const CudaStep& step, const Arranged<S>& plan, cudaStream_t stream)
-      : step_(step), for_entries_(plan.for_entries), a_(plan.args), stream_(stream) {}
+      : step_(step),
+        for_entries_(plan.for_entries),
+        entries_with_rows_(plan.entries_with_rows),
+        a_(with_entries(step, plan)),
+        stream_(stream) {}
+
+  // With the entries of the batch's rows.
+  static Args<S> with_entries(const CudaStep& step, const Arranged<S>& plan) {
+    Arena arena = plan.for_entries;
+    Args<S> a = plan.args;
+    if (a.incremental) arrange_batch(step, arena, a);
+    return a;
+  }
 
   template <int C>
   void end_queries() {
@@ -78,16 +87,33 @@ class Launcher {
     const int64_t means = ceil_div(int64_t(1 + a_.m) * a_.d, kMeanColumns);
     const int64_t writers = a_.enqueue ? a_.n + means : 0;
     const int64_t sums = a_.with_grad ? columns * ceil_div(a_.d, C) : 0;
-    finish_passages<S, C><<<1 + writers + sums, kThreads, 0, stream_>>>(a_);
+    const int64_t finishing = 1 + writers + sums;
+    if (!entries_with_rows_) return finish_passages<S, C><<<finishing, kThreads, 0, stream_>>>(a_);
+    if constexpr (sizeof(S) == 2) {
+      const int64_t survivors = ceil_div(a_.capacity, kThreads);
+      finish_and_enter<S, C>
+          <<<finishing + survivors + entries_of_batch<S>(step_).rows, kThreads, 0, stream_>>>(
+              a_, int(finishing), int(survivors));
+    }
   }
 
+  // Flags are cleared, biases worked out.
   void prepare() {
+    const auto flags = reinterpret_cast<char*>(a_.query_done);
+    const bool has_flags = a_.with_grad && (a_.query_slice || a_.passage_slice);
+    const int64_t bytes = has_flags ? reinterpret_cast<char*>(a_.part_max) - flags : 0;
+    if constexpr (sizeof(S) == 2)
+      if (a_.query_bias != nullptr || a_.passage_bias != nullptr)
+        return prepare_biases(int(bytes / sizeof(int)));
+    if (bytes > 0) cudaMemsetAsync(flags, 0, bytes, stream_);
+  }
+  void prepare_biases(int flags) {
     const int64_t means = 1 + a_.offset_blocks, columns = int64_t(a_.n) * a_.m;
     const int64_t tiles = (a_.query_bias ? bias_tiles(means * a_.m, a_.n) : 0) +
                           (a_.passage_bias ? bias_tiles(means, columns) : 0);
     constexpr auto kernel = prepare_offsets<S>;
     allow_shared_bytes<kernel>(kOffsetBytesShared);
-    kernel<<<tiles, kOffsetThreads, kOffsetBytesShared, stream_>>>(a_);
+    kernel<<<tiles, kOffsetThreads, kOffsetBytesShared, stream_>>>(a_, flags);
   }
 
   void check(bool described) {
@@ -130,9 +156,9 @@ class Launcher {
     }
     if constexpr (sizeof(S) == 2) {
       if (takes_rows_sm90a<S>(step_)) return check(launch_rows_sm90a<S>(a_, stream_));
-      if (takes_entries_with_rows(step_, a_)) {
+      if (entries_with_rows_) {
         const EntryLaunch entries = entries_of_batch<S>(step_);
-        return launch_rows_mma<S>(for_batch(), step_, &entries, stream_);
+        return launch_rows_mma<S>(a_, step_, &entries, stream_);
       }
       if (takes_rows_mma<S>(step_)) return launch_rows_mma<S>(a_, step_, nullptr, stream_);
     }
@@ -156,23 +182,14 @@ class Launcher {
                                                                           launch.first_row);
   }
 
-  // The arguments of kernels that make or read the entries of the batch's rows.
-  Args<S> for_batch() const {
-    Arena arena = for_entries_;
-    Args<S> a = a_;
-    arrange_batch(step_, arena, a);
-    return a;
-  }
-
   void enter_batch() {
-    const Args<S> a = for_batch();
     const EntryLaunch entries = entries_of_batch<S>(step_);
-    const int64_t survivors = ceil_div(a.capacity, kEnterThreads);
-    if (!takes_entries_with_rows(step_, a_)) score_entries_of(a, entries);
+    const int64_t survivors = ceil_div(a_.capacity, kEnterThreads);
+    score_entries_of(a_, entries);
     (step_.options.keep_expected
          ? enter_rows<S, true>
          : enter_rows<S, false>)<<<survivors + entries.rows, kEnterThreads, 0, stream_>>>(
-        a, Entries::batch, 0, int(survivors));
+        a_, Entries::batch, 0, int(survivors));
   }
 
   void rebuild(Entries which) {
@@ -190,6 +207,7 @@ class Launcher {
 
   const CudaStep& step_;
   const Arena for_entries_;
+  const bool entries_with_rows_;
   const Args<S> a_;
   cudaStream_t stream_;
   const char* error_ = nullptr;

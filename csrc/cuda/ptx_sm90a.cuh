@@ -191,11 +191,6 @@ __device__ __forceinline__ uint64_t matrix_at(uint32_t address) {
   return kSwizzle128 | kEightRows | uint64_t(1) << 16 | (address & 0x3ffff) >> 4;
 }
 
-// The same 8 x 8 elements, without a swizzle, wherever an operand is read: they must be all alike.
-__device__ __forceinline__ uint64_t constant_at(uint32_t address) {
-  return (address & 0x3ffff) >> 4;
-}
-
 __device__ __forceinline__ void products_begin() {
   asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
 }
@@ -259,8 +254,6 @@ __device__ __forceinline__ void hold(float (&c)[N]) {
                    : __VA_ARGS__                                                              \
                    : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));                        \
   }
-CONTACCUM_PRODUCT_OVERLOAD([4], "8", "%0, %1, %2, %3", "4", "5", "6", "7", "+f"(c[0]), "+f"(c[1]),
-                           "+f"(c[2]), "+f"(c[3]))
 CONTACCUM_PRODUCT_OVERLOAD([32], "64", CONTACCUM_R0, "32", "33", "34", "35", CONTACCUM_C32(c, 0))
 CONTACCUM_PRODUCT_OVERLOAD([2][32], "128", CONTACCUM_R0 ", " CONTACCUM_R32, "64", "65", "66", "67",
                            CONTACCUM_C32(c[0], 0), CONTACCUM_C32(c[1], 0))

@@ -225,15 +225,14 @@ __device__ void move_means(const Args<S>& a, int block) {
   }
 }
 
-// Grid: the loss; then n rows to write and the elements of the means, if enqueueing; then
-// (n * m, d / C) sums, if gradients are wanted.
-template <class S, int C>
-__global__ void __launch_bounds__(kThreads) finish_passages(const Args<S> a) {
+// A thread block's part: the first has the loss; then n have rows to write and others elements of
+// the means, if enqueueing; then (n * m, d / C) have sums, if gradients are wanted.
+template <int C, class S>
+__device__ void finish(const Args<S>& a, int role) {
   const bool enqueue = a.enqueue && batch_is_finite(a);
   // A batch that may not enter the bank must not look sound: whoever watches the loss or, as loss
   // scaling does, the gradients shall see it.
   const bool refused = a.enqueue && !enqueue;
-  int role = blockIdx.x;
   if (role-- == 0) return finish_loss(a, enqueue, refused);
   if (a.enqueue) {
     const int mean_blocks = (int64_t(1 + a.m) * a.d + kMeanColumns - 1) / kMeanColumns;
@@ -246,6 +245,11 @@ __global__ void __launch_bounds__(kThreads) finish_passages(const Args<S> a) {
   }
   const int chunks = (a.d + C - 1) / C;
   finish_column<C>(a, role / chunks, role % chunks, refused);
+}
+
+template <class S, int C>
+__global__ void __launch_bounds__(kThreads) finish_passages(const Args<S> a) {
+  finish<C>(a, blockIdx.x);
 }
 
 }  // namespace contaccum

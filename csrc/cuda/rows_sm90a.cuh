@@ -12,6 +12,7 @@
 //   from tile to tile; the four lanes of a row meet only where a range of columns ends.
 #pragma once
 
+#include "groups_sm90a.cuh"
 #include "rows_sm90a_shared.cuh"
 
 namespace contaccum {
@@ -268,11 +269,15 @@ class BankedRowsHopper {
 #pragma unroll
     for (int x = 0; x < 32; ++x) s[x] *= scale;
     if (a.masked() || uniform(t.end - t.begin < kBoxRows)) leave_out(t, q, s, r);
-    if (uniform(t.kind == ColumnTile::groups)) return keep_groups(t, s, r);
-    add_columns(s, r.piece);
-    if (with_offsets() && uniform(t.local)) {
-      add_biases(t, s, r);
-      add_columns(s, r.loss);
+    if (uniform(t.kind == ColumnTile::groups))
+      return TileGroups<S>{a, r.slot, r.valid, lane}.keep(t, s);
+    const bool biased = with_offsets() && uniform(t.local);
+    if (!biased || !add_with_bias(t, s, r)) {
+      add_columns(s, r.piece);
+      if (biased) {
+        add_biases(t, s, r);
+        add_columns(s, r.loss);
+      }
     }
     if (!uniform(t.ends)) return;
 #pragma unroll
@@ -351,6 +356,42 @@ class BankedRowsHopper {
       sums[h].add(top, sum);
     }
   }
+  // Both sums by one exponential a score: with the bias it differs by a factor, the column's, where
+  // the rows have the same offset. False where they do not, or it might be too large or small.
+  __device__ __forceinline__ bool add_with_bias(const ColumnTile& t, const float (&s)[32],
+                                                Rows& r) const {
+    constexpr float kSafe = 32;
+    const int64_t padded = padded_locals(a.n * a.m);
+    if (t.begin % 2 || t.begin + kBoxRows > padded) return false;
+    const float* bias = a.passage_bias + r.bias[0] * padded + t.begin;
+    float2 factor[8];
+    bool unsafe = r.bias[0] != r.bias[1];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      factor[j] = *reinterpret_cast<const float2*>(bias + my_column(j));
+      unsafe |= !(fmaxf(fabsf(factor[j].x), fabsf(factor[j].y)) < kSafe);
+    }
+    if (uniform(unsafe)) return false;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) factor[j] = {exp2_(factor[j].x), exp2_(factor[j].y)};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float top = s[2 * h];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) top = fmaxf(top, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
+      const float from = fmaxf(top, -1e30f);
+      float sum = 0, with_bias = 0;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float x = exp2_(s[4 * j + 2 * h] - from), y = exp2_(s[4 * j + 2 * h + 1] - from);
+        sum += x + y;
+        with_bias += x * factor[j].x + y * factor[j].y;
+      }
+      r.piece[h].add(top, sum);
+      r.loss[h].add(top, with_bias);
+    }
+    return true;
+  }
   __device__ __forceinline__ void add_biases(const ColumnTile& t, float (&s)[32],
                                              const Rows& r) const {
     const int64_t padded = padded_locals(a.n * a.m);
@@ -369,82 +410,6 @@ class BankedRowsHopper {
         s[4 * j + 2 * h] += b[j].x;
         s[4 * j + 2 * h + 1] += b[j].y;
       }
-    }
-  }
-
-  // Of G groups, lanes that differ in `bit` keep one half each, with the sums of both; of one, all.
-  template <int G, int kGroups>
-  __device__ __forceinline__ void share_out(int bit, float (&top)[2][kGroups],
-                                            float (&sum)[2][kGroups]) const {
-    const bool upper = lane & bit;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if constexpr (G == 1) {
-        sum[h][0] += __shfl_xor_sync(0xffffffffu, sum[h][0], bit);
-      } else {
-#pragma unroll
-        for (int k = 0; k < G / 2; ++k) {
-          const float theirs = upper ? sum[h][k] : sum[h][k + G / 2];
-          sum[h][k] = upper ? sum[h][k + G / 2] : sum[h][k];
-          sum[h][k] += __shfl_xor_sync(0xffffffffu, theirs, bit);
-          top[h][k] = upper ? top[h][k + G / 2] : top[h][k];
-        }
-      }
-    }
-  }
-  // The tile's groups, each a log-sum-exp of its own, into the table. N: columns of a group / 8.
-  // All at once, as each is a chain of shuffles.
-  template <int N>
-  __device__ __forceinline__ void keep_groups_of(const ColumnTile& t, const float (&s)[32],
-                                                 const Rows& r) {
-    constexpr int G = 8 / N, kHalf = G > 1 ? G / 2 : 1, kQuarter = kHalf > 1 ? kHalf / 2 : 1;
-    float top[2][G], sum[2][G] = {};
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-      for (int k = 0; k < G; ++k) {
-        top[h][k] = -1e30f;  // -inf minus -inf would be NaN
-#pragma unroll
-        for (int j = k * N; j < (k + 1) * N; ++j)
-          top[h][k] = fmaxf(top[h][k], fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
-      }
-#pragma unroll
-    for (int bit = 1; bit < 4; bit *= 2)
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-#pragma unroll
-        for (int k = 0; k < G; ++k)
-          top[h][k] = fmaxf(top[h][k], __shfl_xor_sync(0xffffffffu, top[h][k], bit));
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-        sum[h][j / N] +=
-            exp2_(s[4 * j + 2 * h] - top[h][j / N]) + exp2_(s[4 * j + 2 * h + 1] - top[h][j / N]);
-    share_out<G>(2, top, sum);
-    share_out<kHalf>(1, top, sum);
-    const int first = (G > 1 && lane & 2 ? G / 2 : 0) + (kHalf > 1 && lane & 1 ? kHalf / 2 : 0);
-    const bool stores = (G > 1 || !(lane & 2)) && (kHalf > 1 || !(lane & 1));
-#pragma unroll
-    for (int k = 0; k < kQuarter; ++k) {
-      float* const to = a.group_lse + int64_t(t.group + first + k) * a.capacity;
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        if (stores && r.valid[h] && first + k < t.count)
-          to[r.slot[h]] = (top[h][k] + log2f(sum[h][k])) * kLn2;
-    }
-  }
-  __device__ __forceinline__ void keep_groups(const ColumnTile& t, const float (&s)[32],
-                                              const Rows& r) {
-    switch (a.group * a.m / 8) {
-      case 1:
-        return keep_groups_of<1>(t, s, r);
-      case 2:
-        return keep_groups_of<2>(t, s, r);
-      case 4:
-        return keep_groups_of<4>(t, s, r);
-      default:
-        return keep_groups_of<8>(t, s, r);
     }
   }
 

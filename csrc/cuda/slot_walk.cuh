@@ -1,14 +1,17 @@
 // What one split of a streaming pass reads, in tiles for attend_sm90a.cuh: its share of the local
 // vectors, then its share of the bank. A tile is at most kBoxRows slots of one kind of passage; it
-// never crosses a multiple of kBoxRows, a run or a unit, so it has one offset. Tiles whose offsets
-// follow each other in memory are followed by a tile of those offsets: at the latest behind the
-// first tile whose offset does not, so that no tile has to be known before its turn.
+// never crosses a multiple of kBoxRows, a run or a unit, so it has one offset. Up to kOffsetsAtOnce
+// offsets that follow each other in memory are followed by a tile of those offsets: behind the
+// first tile of the next offset, so that no tile has to be known before its turn.
 #pragma once
 
 #include "ring.cuh"
 #include "tensor_map.h"
 
 namespace contaccum {
+
+// So many offsets in a tile; a product takes kOffsetRows of its rows.
+constexpr int kOffsetsAtOnce = 7, kOffsetRows = 16;
 
 struct SlotTile {
   int slot, count, kind;  // offsets: the first, and how many
@@ -72,16 +75,16 @@ class SlotWalk {
   }
   // The tile that next() has found.
   __device__ SlotTile tile() const {
-    if (offsets_next) return {closed_first, closed_count, 0, -1, 0, false, true, false, true};
-    return slots;
+    if (!offsets_next) return slots;
+    return {closed_first, closed_count, 0, -1, 0, false, true, false, true};
   }
 
  private:
   __device__ void add_offset() {
     if (slots.offset < 0 || !a.with_grad) return;
-    if (offset_count == kBoxRows ||
-        (offset_count > 0 && slots.offset != first_offset + offset_count))
-      close_offsets();
+    const int next = offset_count > 0 ? first_offset + offset_count : slots.offset;
+    if (slots.offset == next - 1) return;  // goes on
+    if (slots.offset != next || offset_count == kOffsetsAtOnce) close_offsets();
     if (offset_count++ == 0) first_offset = slots.offset;
   }
   __device__ void close_offsets() {

@@ -98,12 +98,12 @@ struct HopperTile {
 
 // Registers of a thread, by what its warpgroup does. Together 512: four times the 128 that 512
 // threads begin with. 96 sums and what adds two splits' want 136, the walk over tiles 56; the 184
-// that are left are enough to score. On the query side with offsets they are not: biases and
-// another 16 sums come to what the others miss least, as a spill there is one of every tile's.
-template <class T, bool kQueriesWithOffsets>
+// that are left are enough to score, but on the query side with offsets or with 128 sums.
+template <class T, bool kQueries, bool kOffsets>
 struct HopperRegisters {
-  static constexpr int kSum = T::kSums > 3 ? 160 : kQueriesWithOffsets ? 128 : 136;
-  static constexpr int kCopy = T::kSums > 3 || kQueriesWithOffsets ? 40 : 56;
+  static constexpr bool kManySums = T::kSums > 3;
+  static constexpr int kSum = kManySums ? 160 : 136;
+  static constexpr int kCopy = kManySums ? kQueries ? 32 : 40 : kQueries && kOffsets ? 48 : 56;
   static constexpr int kScore = 512 - 2 * kSum - kCopy;
 };
 

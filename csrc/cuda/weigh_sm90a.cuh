@@ -4,20 +4,24 @@
 // - Query side: weights are 2^(score - reference), one reference a local vector. It is raised only
 //   where a weight would exceed 2^kRoom, which after the first tiles is rare: until then no thread
 //   needs to know another's scores.
+// - Tiles of one unit and offset after each other are a stretch: the references of the loss are
+//   kept less the offset's bias, so that a tile costs what it does without. Sums are taken where it
+//   ends.
 // - A thread has two bank vectors and 16 local ones, in the order in which products leave scores:
 //   [4 j + 2 h + e] is bank vector my_row() + 8 h, local my_local(j) + e.
 #pragma once
 
-#include "attend_sm90a_shared.cuh"
 #include "online_softmax.cuh"
+#include "scores_sm90a.cuh"
 
 namespace contaccum {
 
 template <class S, Side kSide, class T>
 class WeighHopper {
-  static constexpr bool kQuerySide = kSide != Side::passages;
+  static constexpr bool kQuerySide = is_query_side(kSide), kOffsets = has_offsets(kSide);
   using Shared = HopperShared<T>;
   static constexpr int kScores = 32, kMine = 16;
+  static constexpr unsigned kMasses = kOffsetsAtOnce + 1;  // of a tile of offsets, and of the next
   // Weights at the reference are 2^kShift: a half keeps its bits down to 2^-14 and ends at 2^16.
   static constexpr float kRoom = 8, kShift = weight_shift<S>(kSide);
 
@@ -27,6 +31,7 @@ class WeighHopper {
       : a(args),
         ring(r),
         sh(shared),
+        scores(shared, rank_),
         rank(rank_),
         split(blockIdx.x / T::kCluster),
         total(kQuerySide ? args.n : args.n * args.m),
@@ -39,7 +44,8 @@ class WeighHopper {
     if (thread < T::kLocal) {
       const int64_t l = first + thread;
       sh.local_id[thread] = a.masked() && l < total ? a.local_ids[kQuerySide ? l * a.m : l] : -1;
-      sh.reference[0][thread] = sh.reference[1][thread] = minus_infinity<float>();
+      sh.reference[0][thread] = kQuerySide ? minus_infinity<float>() : 0.f;
+      sh.reference[1][thread] = minus_infinity<float>();
     }
     sync();
     if constexpr (kQuerySide) {
@@ -50,34 +56,37 @@ class WeighHopper {
     }
     float s[kScores] = {}, ahead[kScores] = {};
     barrier_wait(at(sh.locals_ready), 0);
-    bool more = wait_tile(0);
+    bool more = scores.wait_tile(0);
     if (more) {
-      start_scores(0, s);
-      end_scores(s);
-      send_scores(0, s);
+      scores.start(0, s);
+      scores.end(s);
+      scores.send(0, s);
     }
     int i = 0;
     // Behind the last tile the products run once more, on that tile, and are not used: products
     // that are under way on some paths only would be serialised.
 #pragma unroll 1
     for (; more; ++i) {
-      const SlotTile t = tile(i);
+      const SlotTile t = scores.tile(i);
       const Needed needed = ask(t);
-      more = wait_tile(i + 1);
-      start_scores(more ? i + 1 : i, ahead);
-      receive_scores(i, s);
+      more = scores.wait_tile(i + 1);
+      scores.start(more ? i + 1 : i, ahead);
+      scores.receive(i, s);
       claim(i);
-      if (kSide != Side::queries && __any_sync(0xffffffffu, t.offsets))
-        hand_over(i % 2, Order::add_offsets);
+      if (kOffsets && seldom(t.offsets))
+        weigh_offsets(i % 2, t);
       else
-        weigh(i, t, needed, s);
-      end_scores(ahead);
+        weigh(t, needed, s, i % 2);
+      scores.end(ahead);
 #pragma unroll
       for (int x = 0; x < kScores; ++x) s[x] = ahead[x];
-      if (kSide != Side::queries) hold(s);  // or products would be serialised
-      if (more) send_scores(i + 1, s);
+      // Or products would be serialised; with two blocks it would delay what is sent.
+      if (kOffsets && T::kCluster == 1) hold(s);
+      if (more) scores.send(i + 1, s);
     }
     claim(i);
+    if (kQuerySide) end_stretch();
+    if (kQuerySide && kOffsets && thread < T::kLocal) sh.reference[0][thread] = reference;
     hand_over(i % 2, Order::stop);
     if (kQuerySide) {
       close_units(last_unit);
@@ -87,24 +96,12 @@ class WeighHopper {
 
  private:
   __device__ __forceinline__ void sync() const { named_sync<T::kGroup>(1); }
-  __device__ __forceinline__ bool use_offsets() const {
-    return kQuerySide ? kSide == Side::queries_with_offsets : a.use_offsets;
+  // Whether x, which is the same in a warp and true of few tiles.
+  __device__ __forceinline__ static bool seldom(bool x) {
+    return __builtin_expect(__any_sync(0xffffffffu, x), false);
   }
   __device__ __forceinline__ int my_row() const { return warp * 16 + lane / 4; }
   __device__ __forceinline__ int my_local(int j) const { return 8 * j + lane % 4 * 2; }
-
-  // --- scores ---
-
-  // Read by the lane that also arrives at the barriers behind which the next tile is written.
-  __device__ __forceinline__ SlotTile tile(int i) const {
-    return from_first_lane(lane == 0 ? sh.slots[i % T::kStages] : SlotTile{});
-  }
-
-  // False if there is no tile i.
-  __device__ __forceinline__ bool wait_tile(int i) const {
-    barrier_wait(at(sh.full[i % T::kStages]), i / T::kStages & 1);
-    return __any_sync(0xffffffffu, lane == 0 && sh.slots[i % T::kStages].count > 0);
-  }
 
   __device__ __forceinline__ Needed ask(const SlotTile& t) const {
     Needed p{};
@@ -117,59 +114,11 @@ class WeighHopper {
         p.id[h] =
             (t.local ? a.local_ids : a.ids)[int64_t(t.slot + r) * a.m + (kQuerySide ? t.kind : 0)];
     }
-    if (kSide == Side::queries || t.offset < 0) return p;
-    const float* bias = (kQuerySide ? a.query_bias : a.passage_bias) + first +
-                        int64_t(t.offset) * padded_locals(total);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) p.bias[j] = *reinterpret_cast<const float2*>(bias + my_local(j));
+    if (kOffsets && t.offset >= 0 && t.offset != offset && thread < T::kLocal)
+      p.bias =
+          (kQuerySide ? a.query_bias
+                      : a.passage_bias)[int64_t(t.offset) * padded_locals(total) + first + thread];
     return p;
-  }
-
-  // The block's share of the scores of tile i: bank x local vectors, over its elements of d.
-  __device__ __forceinline__ void start_scores(int i, float (&s)[kScores]) {
-    hold(s);
-    products_begin();
-    const uint64_t bank = matrix_at(shared_address(sh.tile[i % T::kStages]));
-    const uint64_t locals = matrix_at(shared_address(sh.local));
-#pragma unroll
-    for (int c = 0; c < T::kColumns; ++c)
-#pragma unroll
-      for (int k = 0; k < kBoxColumns / 16; ++k) {
-        const int step = (c * T::kBoxBytes + k * 32) >> 4;  // 16 elements along the rows
-        product<S, false>(s, bank + step, locals + step, c + k > 0);
-      }
-    products_commit();
-  }
-  __device__ __forceinline__ void end_scores(float (&s)[kScores]) {
-    products_wait<0>();
-    hold(s);
-  }
-  // To the thread of the same place in the other block: the sums are the same bits in both.
-  __device__ __forceinline__ void send_scores(int i, const float (&s)[kScores]) {
-    if constexpr (T::kCluster == 2) {
-      if (i > 0) barrier_wait(at(sh.partial_empty), (i - 1) & 1);
-      const uint32_t barrier = shared_of(at(sh.partial_full), rank ^ 1);
-#pragma unroll
-      for (int q = 0; q < kScores / 4; ++q)
-        store_there(shared_of(at(sh.partial[q][thread]), rank ^ 1), s[4 * q], s[4 * q + 1],
-                    s[4 * q + 2], s[4 * q + 3], barrier);
-    }
-  }
-  __device__ __forceinline__ void receive_scores(int i, float (&s)[kScores]) {
-    if constexpr (T::kCluster == 2) {
-      if (thread == 0) barrier_expect(at(sh.partial_full), sizeof(sh.partial));
-      barrier_wait(at(sh.partial_full), i & 1);
-#pragma unroll
-      for (int q = 0; q < kScores / 4; ++q) {
-        const float4 other = sh.partial[q][thread];
-        s[4 * q] += other.x;
-        s[4 * q + 1] += other.y;
-        s[4 * q + 2] += other.z;
-        s[4 * q + 3] += other.w;
-      }
-      __syncwarp();
-      if (lane == 0) barrier_arrive_there(shared_of(at(sh.partial_empty), rank ^ 1));
-    }
   }
 
   // --- weights ---
@@ -179,99 +128,80 @@ class WeighHopper {
     if (i >= 2) barrier_wait(at(sh.weights_empty[i % 2]), (i / 2 - 1) & 1);
   }
 
-  // Tile i: scores to weights, into the buffer that the summing warps read next.
-  __device__ __forceinline__ void weigh(int i, const SlotTile& t, const Needed& p,
-                                        float (&s)[kScores]) {
-    const int buffer = i % 2;
+  // Scores to weights, into the buffer that the summing warps read next.
+  __device__ __forceinline__ void weigh(const SlotTile& t, const Needed& p, float (&s)[kScores],
+                                        int buffer) {
     bool raised = false;
-    float scale = a.scale * kLog2e, w[kScores];
-    if (kQuerySide && __any_sync(0xffffffffu, t.unit != unit)) close_units(t.unit);
-    if (a.masked() || __any_sync(0xffffffffu, t.local || t.count < kBoxRows)) leave_out(t, p, s);
+    const float scale = a.scale * kLog2e;
+    float w[kScores];
+    if constexpr (kOffsets || kQuerySide)
+      if (seldom(begins_stretch(t))) begin_stretch(t, p.bias);
+    if (a.masked() || seldom(t.local || t.count < kBoxRows)) leave_out(t, p, s);
     if constexpr (kQuerySide) {
-      raised = exponentiate(t, p, s, scale, w, buffer);
-      unit_in_loss = t.in_loss;
+      raised = exponentiate(t, s, scale, w, buffer);
     } else {
       const float top[2] = {p.lse[0] * kLog2e - kShift, p.lse[1] * kLog2e - kShift};
-      add_bias(s, scale, p);
-#pragma unroll
-      for (int x = 0; x < kScores; ++x) w[x] = exp2_(s[x] - top[x / 2 % 2]);
+      exponentiate_for_rows(s, scale, top, w);
+      if (kOffsets) accumulate(w, sums);
     }
-    if (t.local) drop_targets(t, w);
+    if (seldom(t.local)) drop_targets(t, w);
     if (t.in_loss && a.with_grad) store_weights(buffer, w);
     hand_over(buffer, !t.in_loss || !a.with_grad ? Order::skip
                       : raised                   ? Order::rescale_and_add
                                                  : Order::add);
   }
   // Products are all that reads weights: four lanes come for their warp, those that may have set
-  // `shrink`. Where others fill a buffer that every lane has written, every lane comes, or
-  // racecheck could not follow.
+  // `shrink`.
   __device__ __forceinline__ void hand_over(int buffer, Order order) {
     if (thread == 0) sh.order[buffer] = order;
     fence_for_products();
-    const uint32_t full = at(sh.weights_full[buffer]);
-    if (order == Order::add_offsets) return barrier_arrive(full);
     __syncwarp();
-    if (lane < 4) barrier_arrive<8>(full);
+    if (lane < 4) barrier_arrive<8>(at(sh.weights_full[buffer]));
   }
 
-  // Query side: weights, and what they add to the sums. True if the loss's references had to be
-  // raised. The table is without offsets. A tile has one, so its weights with and without it differ
-  // by a factor, unless what is left with it is too small for that: then the table is summed apart.
-  __device__ __forceinline__ bool exponentiate(const SlotTile& t, const Needed& p,
-                                               float (&s)[kScores], float scale,
-                                               float (&w)[kScores], int buffer) {
-    const bool biased = use_offsets() && t.offset >= 0;
-    bool far = biased && t.for_table && p.is_far(), apart = use_offsets() && !t.in_loss,
-         raised = false;
-    relate(0, s, scale, p, w);
-    if (named_any<T::kGroup>(1, far || apart || is_too_large(w))) {
-      if constexpr (kSide == Side::queries) {
-        raised = raise(0, s, scale, p, w, buffer);
-      } else {
-        far = named_any<T::kGroup>(1, far);
-        apart |= far;
-#pragma unroll 1  // one copy of the code for both
-        for (int which = apart; which >= (t.in_loss ? 0 : 1); --which) {
-          const Needed with = which == 0 ? p : Needed{};
-          raised = raise(which, s, scale, with, w, buffer);
-          if (which == 1) sum_for_table(w);
-        }
+  // Query side: weights, and what they add to the sums. True if references had to be raised. The
+  // table is without offsets: its sums are the loss's, with the references as they are less the
+  // bias, unless what is left with the offset is too small for that. Then they are taken apart.
+  __device__ __forceinline__ bool exponentiate(const SlotTile& t, const float (&s)[kScores],
+                                               float scale, float (&w)[kScores], int buffer) {
+    const bool apart = kOffsets && far && t.for_table;
+    bool raised = false;
+    relate(references, s, scale, w);
+    if (__builtin_expect(named_any<T::kGroup>(1, apart || is_too_large(w)), false)) {
+      if (apart) {
+        raise(1, s, scale, w, buffer);
+        sum_for_table(w);
       }
+      raised = raise(references, s, scale, w, buffer);
     }
-    if (apart && !t.in_loss) return false;
 #pragma unroll
     for (int x = 0; x < kScores; ++x) w[x] = exp2_(w[x]);
-    if constexpr (kSide == Side::queries) {
-      accumulate(w, unit_sum);
-      return raised;
-    }
-    accumulate(w, biased_sum);
-    if (!t.for_table || far) return raised;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      unit_sum[2 * j] += (w[4 * j] + w[4 * j + 2]) * exp2_(-p.bias[j].x);
-      unit_sum[2 * j + 1] += (w[4 * j + 1] + w[4 * j + 3]) * exp2_(-p.bias[j].y);
-    }
+    accumulate(w, sums);
     return raised;
   }
   // Into the unit's sum, with references of its own.
   __device__ __forceinline__ void sum_for_table(const float (&w)[kScores]) {
-    float x[kScores], sums[kMine] = {};
+    float x[kScores], of_tile[kMine] = {};
 #pragma unroll
     for (int i = 0; i < kScores; ++i) x[i] = exp2_(w[i]);
-    accumulate(x, sums);
-    const float sum = sum_columns(sums);
+    accumulate(x, of_tile);
+    const float sum = sum_columns(of_tile);
     add_to_unit(sh.reference[1][thread % T::kLocal], sum);
   }
-  __device__ __forceinline__ static void add_bias(float (&s)[kScores], float scale,
-                                                  const Needed& p) {
+  // Passage side.
+  __device__ __forceinline__ void exponentiate_for_rows(const float (&s)[kScores], float scale,
+                                                        const float (&top)[2],
+                                                        float (&w)[kScores]) const {
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
+    for (int j = 0; j < 8; ++j) {
+      float2 bias{0, 0};
+      if (kOffsets) bias = *reinterpret_cast<const float2*>(&sh.reference[0][my_local(j)]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        s[4 * j + 2 * h] = s[4 * j + 2 * h] * scale + p.bias[j].x;
-        s[4 * j + 2 * h + 1] = s[4 * j + 2 * h + 1] * scale + p.bias[j].y;
+        w[4 * j + 2 * h] = exp2_(s[4 * j + 2 * h] * scale + (bias.x - top[h]));
+        w[4 * j + 2 * h + 1] = exp2_(s[4 * j + 2 * h + 1] * scale + (bias.y - top[h]));
       }
+    }
   }
 
   // No score where there is no vector or a false negative: the column holds the same passage as the
@@ -322,14 +252,13 @@ class WeighHopper {
       for (int e = 0; e < 2; ++e) sums[2 * j + e] += w[4 * j + e] + w[4 * j + 2 + e];
   }
 
-  // Scores relative to the references: of the loss (0) or of the table (1).
+  // Scores relative to the references: of the loss (0), or of what is for the table alone (1).
   __device__ __forceinline__ void relate(int which, const float (&s)[kScores], float scale,
-                                         const Needed& p, float (&x)[kScores]) const {
+                                         float (&x)[kScores]) const {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       float2 top = *reinterpret_cast<const float2*>(&sh.reference[which][my_local(j)]);
-      // -inf minus -inf would be NaN
-      top = {fmaxf(top.x, -1e30f) - p.bias[j].x, fmaxf(top.y, -1e30f) - p.bias[j].y};
+      top = {fmaxf(top.x, -1e30f), fmaxf(top.y, -1e30f)};  // -inf minus -inf would be NaN
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         x[4 * j + 2 * h] = s[4 * j + 2 * h] * scale - top.x;
@@ -348,22 +277,21 @@ class WeighHopper {
   // Scores relative to references that no weight exceeds too far. True if those had to be raised,
   // with all sums that hang on them.
   __device__ __forceinline__ bool raise(int which, const float (&s)[kScores], float scale,
-                                        const Needed& p, float (&w)[kScores], int buffer) {
-    relate(which, s, scale, p, w);
+                                        float (&w)[kScores], int buffer) {
+    relate(which, s, scale, w);
     if (!named_any<T::kGroup>(1, is_too_large(w))) return false;
-    raise_references(which, s, scale, p, buffer);
-    relate(which, s, scale, p, w);
+    raise_references(which, s, scale, buffer);
+    relate(which, s, scale, w);
     return true;
   }
   __device__ __forceinline__ void raise_references(int which, const float (&s)[kScores],
-                                                   float scale, const Needed& p, int buffer) {
+                                                   float scale, int buffer) {
     float top[kMine];
 #pragma unroll
     for (int j = 0; j < 8; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float bias = e == 0 ? p.bias[j].x : p.bias[j].y;
-        float most = fmaxf(s[4 * j + e], s[4 * j + 2 + e]) * scale + bias;
+        float most = fmaxf(s[4 * j + e], s[4 * j + 2 + e]) * scale;
 #pragma unroll
         for (int bit = 4; bit < 32; bit *= 2)
           most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, bit));
@@ -381,18 +309,23 @@ class WeighHopper {
         for (int w = 0; w < 4; ++w) most = fmaxf(most, sh.column[w][l]);
         top[2 * j + e] = most - kShift;
         const float factor = before == top[2 * j + e] ? 1.f : exp2_(before - top[2 * j + e]);
-        if (which == 0) unit_sum[2 * j + e] *= factor;
-        if (which == 0 && use_offsets()) biased_sum[2 * j + e] *= factor;
+        if (which == references) sums[2 * j + e] *= factor;
         if (which == 0 && warp == 0 && lane < 4) sh.shrink[buffer][l] = factor;
       }
     sync();  // all have read the references that now change
-    if (which == 0 && thread < T::kLocal) loss_sum *= sh.shrink[buffer][thread];
+    if (which == 0 && thread < T::kLocal) {
+      const float factor = sh.shrink[buffer][thread];
+      loss_sum *= factor;
+#pragma unroll
+      for (unsigned x = 0; x < kMasses; ++x) mass[x] *= factor;
+    }
 #pragma unroll
     for (int j = 0; j < 8; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
         if (warp == 0 && lane < 4) sh.reference[which][my_local(j) + e] = top[2 * j + e];
     sync();
+    if (kOffsets && which == 0 && thread < T::kLocal) reference = sh.reference[0][thread] + bias;
   }
 
   __device__ __forceinline__ void store_weights(int buffer, const float (&w)[kScores]) {
@@ -439,39 +372,84 @@ class WeighHopper {
     return rank == 0 && thread < T::kLocal && first + thread < total;
   }
 
+  // --- stretches of tiles with one unit and one offset ---
+
+  __device__ __forceinline__ bool begins_stretch(const SlotTile& t) const {
+    return (kOffsets && t.offset != offset) ||
+           (kQuerySide && (t.unit != unit || t.in_loss == (references > 0)));
+  }
+  // Ends the one before it, which all have reached.
+  __device__ __forceinline__ void begin_stretch(const SlotTile& t, float new_bias) {
+    constexpr float kSafe = 32;
+    end_stretch();
+    references = t.in_loss ? 0 : 1;
+    if (kQuerySide && __any_sync(0xffffffffu, t.unit != unit)) close_units(t.unit);
+    if (!kOffsets || t.offset == offset) return;  // no bias has been asked for
+    offset = t.offset;
+    if (offset >= 0 && offset != last_offset) {
+      last_offset = offset;
+      ++masses;
+    }
+    bias = new_bias;
+    if (thread < T::kLocal) sh.reference[0][thread] = kQuerySide ? reference - bias : bias;
+    if (kQuerySide)
+      far = named_any<T::kGroup>(1, thread < T::kLocal && !(bias > -kSafe));
+    else
+      sync();
+  }
+  __device__ __forceinline__ void end_stretch() {
+    const float whole = sum_columns(sums);
+    if (references == 0) loss_sum += whole;
+    // What is left of a far one is too little to go into the table.
+    if (kQuerySide && !far) add_to_unit(sh.reference[references][thread % T::kLocal], whole);
+#pragma unroll
+    for (unsigned x = 0; x < kMasses; ++x)
+      if (offset >= 0 && x == (masses - 1) % kMasses) mass[x] += whole;
+#pragma unroll
+    for (int x = 0; x < kMine; ++x) sums[x] = 0;
+  }
+  // A tile of offsets, which are the last ones or those before the last: their weights are their
+  // masses, which begin anew.
+  __device__ __forceinline__ void weigh_offsets(int buffer, const SlotTile& t) {
+    const bool with_last = t.slot + t.count - 1 == last_offset;
+    const unsigned first_mass = masses - t.count - (with_last ? 0 : 1);
+    if (__any_sync(0xffffffffu, with_last && offset >= 0)) end_stretch();
+    if (thread < T::kLocal)
+#pragma unroll
+      for (unsigned x = 0; x < kMasses; ++x) {
+        const int row = (x - first_mass) % kMasses;
+        char* to = sh.weight[buffer] + row * 128 + ((thread / 8 ^ row) << 4) + thread % 8 * 2;
+        *reinterpret_cast<Bf16*>(to) = __float2bfloat16(row < t.count ? mass[x] : 0.f);
+        *reinterpret_cast<Bf16*>(to + kMasses * 128) = __float2bfloat16(0.f);
+        if (row < t.count) mass[x] = 0;
+      }
+    static_assert(kOffsetRows == 2 * kMasses, "rows behind the masses are zeros");
+    hand_over(buffer, Order::add_offsets);
+  }
+
   // Table entries of units [unit, end): the first is what has been summed, the others are empty.
   // Before the first unit come the local vectors, which have no entry.
   __device__ __forceinline__ void close_units(int end) {
-    float whole = sum_columns(unit_sum), top = sh.reference[0][thread % T::kLocal];
-    if (use_offsets()) {
-      add_to_unit(top, whole);
-      whole = unit_part;
-      top = unit_max;
-    } else if (unit_in_loss) {
-      loss_sum += whole;
-    }
     if (a.incremental) {
-      const float lse = whole == 0 ? minus_infinity<float>() : (top + log2f(whole)) * kLn2;
+      const float lse =
+          unit_sum == 0 ? minus_infinity<float>() : (unit_max + log2f(unit_sum)) * kLn2;
       for (int u = max(unit, first_unit); u < end; ++u)
         if (stores())
           a.unit_lse[int64_t(u) * a.n + first + thread] = u == unit ? lse : minus_infinity<float>();
     }
-#pragma unroll
-    for (int x = 0; x < kMine; ++x) unit_sum[x] = 0;
-    unit_part = 0;
+    unit_sum = 0;
     unit_max = minus_infinity<float>();
     unit = end;
   }
-  // With offsets: a sum relative to 2^top.
+  // A sum relative to 2^top.
   __device__ __forceinline__ void add_to_unit(float top, float sum) {
     if (sum == 0) return;
     const float both = fmaxf(unit_max, top);
-    unit_part = unit_part * exp2_(unit_max - both) + sum * exp2_(top - both);
+    unit_sum = unit_sum * exp2_(unit_max - both) + sum * exp2_(top - both);
     unit_max = both;
   }
 
   __device__ __forceinline__ void store_sums() {
-    if (use_offsets()) loss_sum = sum_columns(biased_sum);
     if (!stores()) return;
     const int64_t to = int64_t(split) * total + first + thread;
     a.part_max[to] = sh.reference[0][thread] * kLn2;
@@ -481,16 +459,24 @@ class WeighHopper {
   const Args<S>& a;
   const Ring<S>& ring;
   Shared& sh;
+  TileScores<S, T> scores;
   const int rank, split, total, first;
   const int thread, lane, warp;  // of the warpgroup
   int first_unit = 0, last_unit = 0, unit = 0;
-  bool unit_in_loss = false;
-  // By local vector, over the thread's bank vectors: of the unit, without offsets; of all, with
-  // them.
-  float unit_sum[kMine] = {}, biased_sum[kMine] = {};
-  // Of local vector `thread`: with offsets, what of the unit is relative to 2^unit_max instead of
-  // the loss's references; the sum over all bank vectors.
-  float unit_part = 0, unit_max = minus_infinity<float>(), loss_sum = 0;
+  int references = 0;      // that the stretch takes
+  float sums[kMine] = {};  // of the stretch by local vector, over the thread's bank vectors
+  // Of local vector `thread`: over all bank vectors; of the unit, relative to 2^unit_max.
+  float loss_sum = 0, unit_sum = 0, unit_max = minus_infinity<float>();
+  // The stretch: its offset; whether its weights may be too small to tell those without offset; for
+  // local vector `thread` its bias, and the reference with it.
+  int offset = -1;
+  bool far = false;
+  float bias = 0, reference = minus_infinity<float>();
+  // For local vector `thread`, masses of offsets that have yet to be summed; how many there have
+  // been, and of which offset the last.
+  float mass[kMasses] = {};
+  unsigned masses = 0;
+  int last_offset = -1;
 };
 
 }  // namespace contaccum

@@ -1,0 +1,60 @@
+"""Scores that tensor-core kernels must not take for large or small: references, and the window."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerances import Kernels, Sizes, assert_table, bounds
+
+import contaccum_ext as ca
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("drift", ["none", "mean"])
+@pytest.mark.parametrize("d", [384, 768])
+def test_scores_so_far_apart_that_references_rise(d, drift, allow_kernels):
+    """Over several tiles of each split, with offsets and without."""
+    n, results = 1000, []
+    for family in ("tensor cores", "portable"):
+        allow_kernels(family)
+        torch.manual_seed(0)
+        bank = ca.DualMemoryBank(1344, d, 1, torch.bfloat16, "cuda", drift)
+        for _ in range(4):
+            vectors = torch.randn(n, 2, d, device="cuda") + torch.randn(2, d, device="cuda")
+            q, p = torch.nn.functional.normalize(vectors, dim=-1).unbind(1)
+            q, p = q.detach().requires_grad_(), p.detach().requires_grad_()
+            loss = ca.contaccum_loss(q, p, bank, 0.003)
+            results.append((loss.detach(), *torch.autograd.grad(loss, (q, p))))
+    # One weight of a row may be nearly all: e_W of tolerances.py with Q = 1.
+    rounding = 6 * torch.finfo(torch.bfloat16).eps / 2
+    for step in range(4):
+        for a, b in zip(results[step], results[step + 4], strict=True):
+            assert (a - b).norm() <= rounding * b.norm()
+
+
+@pytest.mark.parametrize("drift", ["none", "mean"])
+@pytest.mark.parametrize("d", [384, 768])
+def test_scores_outside_the_window_move_nothing_within(d, drift, allow_kernels):
+    """The table needs them, the loss must not: old passages are the queries of now."""
+    n, results = 1000, []
+    for family in ("tensor cores", "portable"):
+        allow_kernels(family)
+        torch.manual_seed(0)
+        bank = ca.DualMemoryBank(4096, d, 1, torch.bfloat16, "cuda", drift)
+        drawn = torch.nn.functional.normalize(torch.randn(6, 2, n, d, device="cuda"), dim=-1)
+        now, past = drawn[5], drawn[:5]
+        past[:4, 1] = now[0]
+        for q, p in past:
+            bank.enqueue(q, p)
+        bank.window = n
+        q, p = (x.clone().requires_grad_() for x in now)
+        loss = ca.contaccum_loss(q, p, bank, 0.02)
+        results += [(loss.detach(), *torch.autograd.grad(loss, (q, p)), bank.table())]
+    rounding = 6 * torch.finfo(torch.bfloat16).eps / 2  # e_W, as in the test before
+    (*ours, table), (*portable, same_table) = results
+    for a, b in zip(ours, portable, strict=True):
+        assert (a - b).norm() <= rounding * b.norm()
+    sizes = Sizes(n, 1, d, filled=4096, scale=50, norm=1.01, component=1.0, row_weight=1 / n)
+    both = 2 * bounds(sizes, torch.bfloat16, Kernels("cuda")).table
+    assert_table(table, same_table.double(), both)
