@@ -8,27 +8,47 @@ from __future__ import annotations
 
 from typing import Any
 
-# An automatic bank has the first number of updates, and the mean's shift corrects banks up to the
-# second; larger ones follow the encoder by probes. Where an update has few queries, encoding probes
-# after it costs more than they gain.
-AUTO_UPDATES = (4, 2)
-AUTO_SMALL_UPDATES = (8, 8)
-SMALL_UPDATE = 64  # queries; what has fewer is small
+# An automatic bank has so many updates: with the mean's shift, two lost to a plain bank of one in
+# no setting that was tried (docs/drift.md). With few batches in an update that was not measured;
+# four, followed by probes, were. Where an update has few queries, encoding probes after it costs
+# more than they gain.
+AUTO_UPDATES = 2
+AUTO_FEW_UPDATES = 4
+AUTO_SMALL_UPDATES = 8
+FEW_BATCHES = 8  # micro-batches; an update with fewer has few
+SMALL_UPDATE = 64  # queries; an update with fewer is small
+WIDEST_MEAN_UPDATES = 2  # of automatic drift correction; eight of small updates
 WIDEST_CORRECTED_BANK_UPDATES = 8
 WIDEST_PLAIN_BANK_UPDATES = 2
 # No limit has been found; docs/drift.md says how wide the banks were that have been measured.
 WIDEST_TRANSPORTED_BANK_UPDATES = 128
 
 
-def auto_bank_size(update_size: int, training_queries: int | None = None) -> int:
-    """Slots of an automatic bank: four updates' worth, eight of small ones, at most a slot a query.
+def auto_bank_size(
+    update_size: int, training_queries: int | None = None, micro_batches: int | None = None
+) -> int:
+    """Slots of an automatic bank: two updates' worth, at most a slot a query.
+
+    Four where an update has fewer than eight micro-batches, eight where it has fewer than 64
+    queries.
 
     Args:
         update_size: examples per optimizer update, n * K.
         training_queries: size of the training set; None if unknown.
+        micro_batches: (count) scored against the bank in an update, K; None if unknown, or few.
     """
-    slots = _auto(update_size)[0] * update_size
+    updates = AUTO_UPDATES
+    if update_size < SMALL_UPDATE:
+        updates = AUTO_SMALL_UPDATES
+    elif has_few_batches(micro_batches):
+        updates = AUTO_FEW_UPDATES
+    slots = updates * update_size
     return slots if training_queries is None else min(slots, training_queries)
+
+
+def has_few_batches(micro_batches: int | None) -> bool:
+    """Whether an update has, or may have, few micro-batches."""
+    return micro_batches is None or micro_batches < FEW_BATCHES
 
 
 def mean_decay(micro_batches: int, predicted: bool = False) -> float:
@@ -57,7 +77,7 @@ def anticipates(micro_batches: int | None) -> bool:
     Args:
         micro_batches: (count) scored against the bank in an optimizer update, K; None if unknown.
     """
-    return micro_batches is None or micro_batches < 8
+    return has_few_batches(micro_batches)
 
 
 def correction_options(drift: str, micro_batches: int | None) -> dict[str, Any]:
@@ -80,11 +100,9 @@ def auto_drift(capacity: int, update_size: int) -> str:
         capacity: slots of the bank.
         update_size: examples per optimizer update, n * K.
     """
-    return "mean" if capacity <= _auto(update_size)[1] * update_size else "transport"
-
-
-def _auto(update_size: int) -> tuple[int, int]:
-    return AUTO_SMALL_UPDATES if update_size < SMALL_UPDATE else AUTO_UPDATES
+    small = update_size < SMALL_UPDATE
+    widest = AUTO_SMALL_UPDATES if small else WIDEST_MEAN_UPDATES
+    return "mean" if capacity <= widest * update_size else "transport"
 
 
 def width_warnings(capacity: int, update_size: int, drift: str) -> list[str]:
@@ -114,7 +132,6 @@ def width_warnings(capacity: int, update_size: int, drift: str) -> list[str]:
         return [
             f"{age}: drift=mean corrects the shift of the mean only, and over so many updates the "
             f"rest of the drift costs retrieval quality; set drift=transport, or bank_size to at "
-            f"most {WIDEST_CORRECTED_BANK_UPDATES * update_size} "
-            f"(auto uses {auto_bank_size(update_size)}), or lower learning_rate"
+            f"most {WIDEST_CORRECTED_BANK_UPDATES * update_size}, or lower learning_rate"
         ]
     return []

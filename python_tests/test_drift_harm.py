@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.drift import cli, harm, rows, tables
-from benchmarks.drift.bank_tables import CHOSEN
 from benchmarks.drift.report import brief
 from benchmarks.drift.settings import Setting, from_row
-from benchmarks.drift.summary import amounts, summary
+from benchmarks.drift.summary import amounts, shared, summary
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,19 +63,27 @@ def test_the_commands_print_and_draw(tmp_path, capsys):
 
 
 def test_what_has_not_been_run_yet_is_left_out():
-    plain, chosen, corrected = (
-        row(bank(*kind, epochs=1, options=options), ndcg, [])
-        for kind, options, ndcg in (
-            ((128,), {}, 0.6),
-            ((512, "follow-mean"), CHOSEN, 0.6125),
-            ((256, "mean"), {}, 0.625),
-        )
+    plain, corrected = (
+        row(bank(*kind, epochs=1), ndcg, [])
+        for kind, ndcg in (((128,), 0.6), ((256, "mean"), 0.625))
     )
-    for table, line in ((summary, chosen), (amounts, corrected)):
+    for table in (summary, amounts):
         assert len(table([], "squad_sent").splitlines()) == 2
-        assert len(table([line], "squad_sent").splitlines()) == 2  # nothing to compare with
-        assert "epochs=1 " in table([plain, line], "squad_sent")
+        assert len(table([corrected], "squad_sent").splitlines()) == 2  # nothing to compare with
+        assert "epochs=1 " in table([plain, corrected], "squad_sent")
     assert "| +0.0250 (1) |" in amounts([plain, corrected], "squad_sent")
+
+
+def test_shared_means_are_compared_with_those_of_micro_batches():
+    done = [
+        row(bank(4096, "mean", seed=seed, options=options), ndcg, [])
+        for seed, options, ndcg in ((1, {}, 0.5), (2, {}, 0.6), (1, {"block": 256}, 0.525))
+    ]
+    lines = shared(done, "squad_sent").splitlines()
+    cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    assert cells == ["central", "4,096", "`mean`", "0.5500 ± 0.0500", "-", "+0.0250 (1)", "-"]
+    assert len(lines) == 3
+    assert len(shared(done[:2], "squad_sent").splitlines()) == 2  # nothing to compare
 
 
 def test_equal_values_share_a_rank():
@@ -92,4 +99,5 @@ def test_the_page_holds_what_the_rows_give():
     for data in ("squad_sent", "medquad"):
         assert summary(done.values(), data) in page
         assert amounts(done.values(), data) in page
+        assert shared(done.values(), data) in page
     assert all(part in page for part in harm.harm(list(done.values())).split("\n\n"))

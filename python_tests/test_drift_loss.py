@@ -40,12 +40,11 @@ def cut(history: History, update: int) -> tuple[torch.Tensor, torch.Tensor]:
     return queries.unflatten(0, (K, N)), passages.unflatten(0, (K, N))
 
 
-def sequential(history, ids, update, shape, drift):
+def sequential(history, ids, update, shape, drift, layout=None):
     """Losses and gradients of the reference, which has seen all slots before the update."""
     m = history.passages.shape[1]
-    bank = reference.DualMemoryBank(
-        shape.capacity, D, m, torch.float64, drift=drift, layout=BankLayout(1, 1, 1)
-    )
+    layout = layout or BankLayout(1, 1, 1)
+    bank = reference.DualMemoryBank(shape.capacity, D, m, torch.float64, drift=drift, layout=layout)
     for start in range(0, update * N * K, N):
         slots = slice(start, start + N)
         bank.enqueue(history.queries[slots], history.passages[slots], ids[slots])

@@ -25,7 +25,9 @@ from benchmarks.drift.tables import FOLLOW, GUARDS, IDEAS
 
 CPU = torch.device("cpu")
 FOLLOWING = [("follow", options) for options in FOLLOW[:2]]
-TRIED = (*IDEAS, *GUARDS, *FOLLOWING, ("follow-mean", LIBRARY), ("follow-mean", TURNED))
+FOLLOWING += [("follow-mean", LIBRARY), ("follow-mean", TURNED)]
+SHARED = [("mean", {"block": 16}), ("follow-mean", LIBRARY | {"block": 8})]
+TRIED = (*IDEAS, *GUARDS, *FOLLOWING, *SHARED)
 TINY = {"layers": 1, "n": 4, "accumulation": 2, "learning_rate": 1e-3, "bf16": False, "epochs": 4}
 
 

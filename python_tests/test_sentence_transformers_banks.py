@@ -258,14 +258,16 @@ def test_an_automatic_bank_has_1024_slots_as_long_as_nobody_knows_the_update(mod
     loss = ContAccumLoss(model)
     step(loss, batch(model, 2))
     assert loss.memory.banks["16x1"].capacity == 1024
-    for update, rows_seen, slots in (
-        (64, None, 4 * 64),
-        (64, 300, 4 * 64),
-        (64, 200, 200),
-        (63, None, 8 * 63),
-        (16, 200, 8 * 16),
-        (32, 200, 200),
+    for update, rows_seen, batches, slots in (
+        (64, None, None, 4 * 64),
+        (64, None, 7, 4 * 64),
+        (64, None, 8, 2 * 64),
+        (64, 300, 8, 2 * 64),
+        (64, 100, 8, 100),
+        (63, None, 8, 8 * 63),
+        (16, 200, None, 8 * 16),
+        (32, 200, None, 200),
     ):
-        loss.memory.begin_run(update_size=update, training_queries=rows_seen)
+        loss.memory.begin_run(update, rows_seen, batches)
         assert loss.memory.capacity == slots
     assert loss.memory.filled() == {}

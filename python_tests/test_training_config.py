@@ -106,18 +106,23 @@ def test_yaml_file_that_is_missing_or_empty(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "queries", "capacity"),
+    ("settings", "queries", "batches", "capacity"),
     [
-        ({}, 100_000, 512),
-        ({"accumulation_steps": 8}, 100_000, 256),
-        ({"accumulation_steps": 7}, 100_000, 448),
-        ({"accumulation_steps": 4}, 100_000, 256),
-        ({}, 300, 300),
-        ({"bank_size": 4096}, 500, 4096),
+        ({}, 100_000, None, 2 * 128),
+        ({}, 100_000, 16, 2 * 128),
+        ({}, 100_000, 1, 4 * 128),  # scored at once
+        ({"accumulation_steps": 8}, 100_000, None, 2 * 64),
+        ({"accumulation_steps": 7}, 100_000, None, 8 * 56),
+        ({"accumulation_steps": 7, "local_batch_size": 16}, 100_000, None, 4 * 112),
+        ({"accumulation_steps": 4}, 100_000, None, 8 * 32),
+        ({}, 200, None, 200),
+        ({"bank_size": 4096}, 500, None, 4096),
     ],
 )
-def test_automatic_bank_is_some_updates_and_at_most_the_training_set(settings, queries, capacity):
-    assert TrainConfig(**settings).bank_capacity(queries) == capacity
+def test_automatic_bank_is_some_updates_and_at_most_the_training_set(
+    settings, queries, batches, capacity
+):
+    assert TrainConfig(**settings).bank_capacity(queries, batches) == capacity
 
 
 @pytest.mark.parametrize(

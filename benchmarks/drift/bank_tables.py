@@ -134,7 +134,7 @@ def lags() -> list[Setting]:
 
 
 def chosen() -> list[Setting]:
-    """The default: probes about means averaged over two updates, a bank of four; and simpler ones.
+    """Probes about means averaged over two updates, a bank of four; and simpler ones.
 
     "between" corrects between updates alone, which needs no offsets in the op.
     """
@@ -168,4 +168,39 @@ def sizes() -> list[Setting]:
                 for bank in (4096, 256)
             ]
             found += [replace(x, **change) for change in changes for x in here]
+    return found
+
+
+def two() -> list[Setting]:
+    """The default, the mean's shift alone with two updates of slots, everywhere."""
+    changes = (*EVERYWHERE, {"row_weighting": "all"}, {})
+    found = []
+    for seed in (1, 2, 3, 4, 5):
+        for data in DATA:
+            here = [*_plain(seed, data), *banks(seed, data, "mean", (256,))]
+            found += [
+                replace(x, **change) for change in changes[-1 if seed > 3 else 0 :] for x in here
+            ]
+    return found
+
+
+BLOCKS = (64, 256, 1024)
+# Where means that are shared are looked at, with a bank of 4,096.
+FAST: tuple[dict[str, Any], ...] = ({"learning_rate": 5e-4}, {"epochs": 1})
+
+
+def blocks() -> list[Setting]:
+    """Means that 64 slots share, or more, in large banks."""
+    found: list[Setting] = []
+    for size, changes in ((16384, ({},)), (4096, ({},)), (4096, FAST)):
+        for seed in (1, 2):
+            for change in changes:
+                for data in DATA:
+                    plain = _plain(seed, data)
+                    corrected = [
+                        Setting(data, seed, bank=size, correction=name, options=options | more)
+                        for more in ({}, *({"block": block} for block in BLOCKS))
+                        for name, options in (("follow-mean", LIBRARY), ("mean", {}))
+                    ]
+                    found += [replace(x, **change) for x in (*plain, *corrected)]
     return found

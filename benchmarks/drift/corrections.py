@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.drift.blocks import BlockMeans
 from benchmarks.drift.data import Draws, upload
 from benchmarks.drift.loss import BankView
 
@@ -123,13 +124,21 @@ class Mean(Correction):
         context: of the run.
         decay: of the running means, per micro-batch.
         current: a micro-batch is in the mean that its own loss sees, not only in the next one's.
+        block: slots that share the average of their means (`BlockMeans`); None: a micro-batch's.
     """
 
     moved_among_themselves = False
 
-    def __init__(self, context: Context, decay: float = 0.9, current: bool = False) -> None:
+    def __init__(
+        self,
+        context: Context,
+        decay: float = 0.9,
+        current: bool = False,
+        block: int | None = None,
+    ) -> None:
         super().__init__(context)
         self.decay, self.current = decay, current
+        self.blocks = None if block is None else BlockMeans(self.history, block)
         self.means: Tensor | None = None  # (K + 1, 1 + m, d): before and after each micro-batch
         self.centred = _stacked(self.history).zero_()  # (examples, 1 + m, d): vector less its mean
 
@@ -139,6 +148,8 @@ class Mean(Correction):
         own = slice(self.history.bank(update).stop, self.history.view(update).stop)
         at_enqueue = self.means[1:].repeat_interleave(self.history.n, 0)
         self.centred[own] = _stacked(self.history, own) - at_enqueue
+        if self.blocks:
+            self.blocks.enqueue(own, self.means[1:])
 
     def before_loss(self, update: int) -> BankView:
         assert self.means is not None
@@ -146,12 +157,17 @@ class Mean(Correction):
         moved = self.centred[slots]
         frozen = moved + self.means[0] if self.moved_among_themselves else None
         queries, passages = self._now(update)
+        shift, part = self.means[1:] if self.current else self.means[:-1], None
+        if self.blocks:
+            added, shift, part = self.blocks.seen(slots, self.history.bank(update).stop, shift)
+            moved = moved + added
         return BankView(
             moved[:, 0],
             moved[:, 1:].contiguous(),
             queries if frozen is None else frozen[:, 0],
             passages if frozen is None else frozen[:, 1:],
-            shift=self.means[1:] if self.current else self.means[:-1],
+            shift=shift,
+            part=part,
         )
 
 

@@ -84,7 +84,7 @@ def work(setting: Setting) -> float:
         encoded += setting.bank / (
             4 * setting.update_size
         )  # forward passes alone, in large batches
-    return updates * (encoded * setting.layers / 2 + (setting.bank / 8192) ** 2)
+    return updates * (encoded * setting.layers / 2 + (setting.bank / 16384) ** 2)
 
 
 @dataclass

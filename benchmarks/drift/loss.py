@@ -28,24 +28,28 @@ _CHUNK = 1 << 26  # banked x banked scores held at once
 class BankView:
     """N = F + K n slots, oldest first, as the loss is to see them; the last K n are the update's.
 
-    Where a banked vector v meets a local one in micro-batch k it is `gain[k] * v + shift[k]`.
+    Where a banked vector v meets a local one in micro-batch k it is `gain[k] * v + shift[k]`; with
+    `part` every slot has one of P shifts, `shift[k, part]`.
     """
 
     queries: Tensor  # (N, d)
     passages: Tensor  # (N, m, d)
     frozen_queries: Tensor  # (N, d) for banked x banked scores
     frozen_passages: Tensor  # (N, m, d)
-    shift: Tensor | None = None  # (K, 1 + m, d), of the query and of each kind of passage
+    shift: Tensor | None = None  # (K, [P,] 1 + m, d), of the query and of each kind of passage
     gain: Tensor | None = None  # (K, 1 + m, d)
     bias: Tensor | None = None  # (N,) added to scores with banked negatives of the slot
     absent: Tensor | None = None  # (N,) bool: neither rows nor columns, as if not in the bank
+    part: Tensor | None = None  # (N,) int64, of P
 
     def seen(self, slots: slice | Tensor, k: int) -> Tensor:
         """(slots, 1 + m, d): query and passages as micro-batch k sees them."""
         vectors = torch.cat([self.queries[slots, None], self.passages[slots]], 1)
         if self.gain is not None:
             vectors = vectors * self.gain[k]
-        return vectors if self.shift is None else vectors + self.shift[k]
+        if self.shift is None:
+            return vectors
+        return vectors + (self.shift[k] if self.part is None else self.shift[k, self.part[slots]])
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,8 @@ def _local_rows(
         gained = queries[:, :, None] * view.gain[:, None, 1:]
         scores = torch.einsum("knmd,jmd->knjm", gained, view.passages)
     if view.shift is not None:
-        scores = scores + torch.einsum("knd,kmd->knm", queries, view.shift[:, 1:])[:, :, None]
+        added = torch.einsum("knd,k...md->kn...m", queries, view.shift[..., 1:, :])
+        scores = scores + (added[:, :, None] if view.part is None else added[:, :, view.part])
     scores = shape.scale * scores
     if view.bias is not None:
         scores = scores + view.bias[:, None]
@@ -147,8 +152,10 @@ def _banked_rows(
         columns = columns * view.gain[:, None, None, 0]
     scores = torch.einsum("id,kcd->ikc", view.queries, columns.reshape(k, n * m, d))
     if view.shift is not None:
-        bias = torch.einsum("kd,knmd->knm", view.shift[:, 0], passages)
-        scores = scores + bias.reshape(k, n * m)
+        added = torch.einsum(
+            "k...d,kcd->...kc", view.shift[..., 0, :], passages.reshape(k, n * m, d)
+        )
+        scores = scores + (added if view.part is None else added[view.part])
     scores = shape.scale * scores
     if shape.mask:
         own = ids[-k * n :].reshape(k, n * m)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from benchmarks.drift import rows
-from benchmarks.drift.bank_tables import CHOSEN
+from benchmarks.drift.bank_tables import BLOCKS, CHOSEN, FAST
 from benchmarks.drift.default_tables import DROPOUT, LIBRARY
 from benchmarks.drift.report import Mean, markdown, mean, paired
 from benchmarks.drift.settings import Setting, from_row
@@ -22,7 +22,8 @@ COLUMNS: dict[str, Callable[[Setting], bool]] = {
     "gradaccum": lambda x: x.method == "gradaccum",
     "in-batch 128": lambda x: x.method == "inbatch",
     _BASELINE: _bank(128, "none", {}),
-    "default, 512": _bank(512, "follow-mean", CHOSEN),
+    "default, 256": _bank(256, "mean", {}),
+    "probes, 512": _bank(512, "follow-mean", CHOSEN),
     "`mean`, 512": _bank(512, "mean", {}),
     "`mean`, 1,024": _bank(1024, "mean", {}),
     "`transport`, 4,096": _bank(4096, "follow-mean", LIBRARY),
@@ -39,7 +40,7 @@ def summary(done: Iterable[rows.Row], data: str) -> str:
     """
     lines = []
     for varied, columns in _scores(done, data, COLUMNS).items():
-        if "default, 512" not in columns or _BASELINE not in columns:
+        if "default, 256" not in columns or _BASELINE not in columns:
             continue
         cells = [varied]
         for name in COLUMNS:
@@ -82,6 +83,42 @@ def amounts(done: Iterable[rows.Row], data: str) -> str:
             differences = [paired(x, columns[_BASELINE]) if x else None for x in sizes]
             lines.append([varied, kind, *(_signed(x) if x else "-" for x in differences)])
     return markdown([data, "", *(f"{size:,}" for size in _SIZES)], lines)
+
+
+def shared(done: Iterable[rows.Row], data: str) -> str:
+    """Markdown of a data set: what means that a block of slots shares change.
+
+    Args:
+        done: rows, in any order.
+        data: whose rows to take.
+    """
+    kinds = {kind: _KINDS[kind] for kind in ("`mean`", "probes")}
+    found = _scores(
+        done,
+        data,
+        {
+            f"{kind} {size} {block}": _bank(
+                size, name, options | ({"block": block} if block else {})
+            )
+            for kind, (name, options) in kinds.items()
+            for size in (16384, 4096)
+            for block in (0, *BLOCKS)
+        },
+    )
+    lines = []
+    for size, changes in ((16384, ({},)), (4096, ({}, *FAST))):
+        for varied in (Setting(data, method="gradaccum", **x).varied or _CENTRAL for x in changes):
+            for kind in kinds:
+                own, *others = (
+                    found.get(varied, {}).get(f"{kind} {size} {block}", {})
+                    for block in (0, *BLOCKS)
+                )
+                differences = [paired(x, own) for x in others]
+                if any(x.count for x in differences):
+                    cells = [_signed(x) if x.count else "-" for x in differences]
+                    lines.append([varied, f"{size:,}", kind, str(mean(own.values())), *cells])
+    head = [data, "bank", "", "a micro-batch", *(f"{block:,}, less" for block in BLOCKS)]
+    return markdown(head, lines)
 
 
 def _scores(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.drift.bank_tables import amounts, chosen, grown, lags, sizes, whole
+from benchmarks.drift.bank_tables import amounts, blocks, chosen, grown, lags, sizes, two, whole
 from benchmarks.drift.default_tables import default, few, library, means
 from benchmarks.drift.families import DATA, SCORES, TRANSPORT, banks, baselines
 from benchmarks.drift.settings import Setting
@@ -146,6 +146,8 @@ TABLES: dict[str, Callable[[], list[Setting]]] = {
     "whole": whole,
     "chosen": chosen,
     "sizes": sizes,
+    "two": two,
+    "blocks": blocks,
 }
 
 

@@ -8,6 +8,7 @@ or by similarity to the probes.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -216,15 +217,14 @@ class TransportMean(Mean):
         context: of the run.
         probes: R, of queries and of passages.
         ridge: see `Displacement`.
-        decay: of the running means, per micro-batch.
         predict: move the running means, too, as the probes' map says, before the next micro-batches
             correct them: then they do not lag, and what the probes get wrong decays.
         moved: score banked vectors among themselves as they are after all moves, at the update's
             beginning; otherwise as they were enqueued.
         turned: score them turned, about the means at which they were enqueued.
-        current: see `Mean`.
         between: the means correct between updates alone. Within one, banked vectors are what they
             were at its beginning and its own what they are: an op then needs no offsets.
+        options: of `Mean`.
     """
 
     def __init__(
@@ -232,14 +232,15 @@ class TransportMean(Mean):
         context: Context,
         probes: int = 64,
         ridge: float = 0.1,
-        decay: float = 0.9,
         predict: bool = False,
         moved: bool = False,
         turned: bool = False,
-        current: bool = False,
         between: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(context, decay, current)
+        super().__init__(context, **options)
+        if self.blocks and (turned or between):
+            raise ValueError("block: expected None with turned or between")
         self.between = between
         self.moved_among_themselves = moved
         self.enqueued = torch.zeros_like(self.centred) if turned else None  # the means
@@ -279,7 +280,11 @@ class TransportMean(Mean):
         assert self.means is not None
         bank = self.history.bank(update + 1)
         slots = slice(bank.start, bank.stop)
+        if self.blocks:
+            self.centred[slots] += self.blocks.apart(slots)
         for kind, field in zip((slice(0, 1), slice(1, None)), fields, strict=True):
             self.centred[slots, kind] = field.linear(self.centred[slots, kind])
             if self.predict:
                 self.means[-1, kind] = field(self.means[-1, kind])
+        if self.blocks:
+            self.blocks.move(slots, self.means[-1])

@@ -13,9 +13,12 @@ from typing import Any
 import yaml
 
 from contaccum_ext.bank_size import (
+    AUTO_FEW_UPDATES,
     AUTO_SMALL_UPDATES,
     AUTO_UPDATES,
+    FEW_BATCHES,
     SMALL_UPDATE,
+    WIDEST_MEAN_UPDATES,
     auto_bank_size,
     auto_drift,
 )
@@ -56,15 +59,16 @@ class TrainConfig:
     bank_size: int | str = _setting(
         "auto",
         or_word(integer(1), "auto"),
-        f"slots of the memory banks; auto = {AUTO_UPDATES[0]} * n * K, or "
-        f"{AUTO_SMALL_UPDATES[0]} * n * K where n * K < {SMALL_UPDATE}, at most the training set",
+        f"slots of the memory banks; auto = {AUTO_UPDATES} * n * K, or {AUTO_FEW_UPDATES} * n * K "
+        f"where fewer than {FEW_BATCHES} batches are scored in an update, or {AUTO_SMALL_UPDATES} "
+        f"* n * K where n * K < {SMALL_UPDATE}; at most the training set",
     )
     drift: str = _setting(
         "auto",
         choice("auto", "none", "mean", "transport"),
         "correction of banked vectors for the model's movement; transport encodes drift_probes "
         "queries and as many passages once more after every update; auto = mean for bank_size up "
-        f"to {AUTO_UPDATES[1]} * n * K, or {AUTO_SMALL_UPDATES[1]} * n * K where n * K < "
+        f"to {WIDEST_MEAN_UPDATES} * n * K, or {AUTO_SMALL_UPDATES} * n * K where n * K < "
         f"{SMALL_UPDATE}, else transport",
     )
     drift_probes: int = _setting(64, integer(1), "of transport; more follow the model more closely")
@@ -178,11 +182,18 @@ class TrainConfig:
         """Examples per optimizer update, n * K."""
         return self.local_batch_size * self.accumulation_steps
 
-    def bank_capacity(self, training_queries: int) -> int:
-        """Slots of the bank for a training set of this many queries."""
+    def bank_capacity(self, training_queries: int, batches: int | None = None) -> int:
+        """Slots of the bank for a training set of this many queries.
+
+        Args:
+            training_queries: size of the training set.
+            batches: scored in an update; None for the micro-batches of gradient accumulation.
+        """
         if isinstance(self.bank_size, int):
             return self.bank_size
-        return auto_bank_size(self.update_size, training_queries)
+        return auto_bank_size(
+            self.update_size, training_queries, batches or self.accumulation_steps
+        )
 
     def drift_for(self, capacity: int) -> str:
         """What `drift` means for a bank of this many slots: "none", "mean" or "transport"."""

@@ -52,7 +52,7 @@ class Scoring:
         self.transport: BankTransport | None = None
         self.drift = "none"
         if banks is not None:
-            capacity = config.bank_capacity(training_queries)
+            capacity = config.bank_capacity(training_queries, batches)
             self.drift = config.drift_for(capacity)
             follows = self.drift == "transport"
             self.bank = DualMemoryBank(

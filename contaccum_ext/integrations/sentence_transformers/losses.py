@@ -152,9 +152,10 @@ class ContAccumLoss(_Banked, MultipleNegativesRankingLoss):
 
     Keyword Args:
         bank_size (int | str): slots, each a row of the data set; 0 for no bank; "auto" (default)
-            for four updates' worth, 4 * per_device_train_batch_size *
-            gradient_accumulation_steps, eight where an update has fewer than 64 rows, at most the
-            training set. That needs ``ContAccumCallback``; without it "auto" is 1,024.
+            for two updates' worth, 2 * per_device_train_batch_size *
+            gradient_accumulation_steps, four where an update has fewer than eight batches, eight
+            where it has fewer than 64 rows, at most the training set. That needs
+            ``ContAccumCallback``; without it "auto" is 1,024.
         drift (str): "mean" corrects old vectors by the shift of their mean; "transport" encodes a
             few texts, the probes, again after every optimizer step and moves all banked vectors as
             these have moved, about running means; "none" leaves them as they are. "auto" (default)

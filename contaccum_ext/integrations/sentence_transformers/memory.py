@@ -77,7 +77,7 @@ class BankMemory(nn.Module):
             return self.settings.bank_size
         if self._update_size is None:
             return UNKNOWN_RUN_SLOTS
-        return auto_bank_size(self._update_size, self._training_queries)
+        return auto_bank_size(self._update_size, self._training_queries, self._micro_batches)
 
     @property
     def drift(self) -> str:
