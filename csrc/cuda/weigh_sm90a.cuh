@@ -151,10 +151,13 @@ class WeighHopper {
                                                  : Order::add);
   }
   // Products are all that reads weights: four lanes come for their warp, those that may have set
-  // `shrink`.
+  // `shrink`. Behind the last tile references are read that every lane may have written, and every
+  // lane comes, or racecheck could not follow.
   __device__ __forceinline__ void hand_over(int buffer, Order order) {
     if (thread == 0) sh.order[buffer] = order;
     fence_for_products();
+    if (kQuerySide && kOffsets && order == Order::stop)
+      return barrier_arrive(at(sh.weights_full[buffer]));
     __syncwarp();
     if (lane < 4) barrier_arrive<8>(at(sh.weights_full[buffer]));
   }
