@@ -155,7 +155,7 @@ def test_banks_too_wide_are_warned_of_in_words(start, tmp_path, caplog):
     [
         (16, 2, "mean"),
         (16, 3, "transport"),
-        (16, "auto", "transport"),
+        (16, "auto", "mean"),
         (2, 8, "mean"),
         (2, 9, "transport"),
         (2, "auto", "mean"),
