@@ -35,7 +35,7 @@ def auto_bank_size(
     Args:
         update_size: examples per optimizer update, n * K.
         training_queries: size of the training set; None if unknown.
-        micro_batches: (count) scored against the bank in an update, K; None if unknown, or few.
+        micro_batches: (count) scored against the bank in an update, K; None if unknown: few.
     """
     updates = AUTO_UPDATES
     if update_size < SMALL_UPDATE:

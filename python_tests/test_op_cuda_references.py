@@ -10,6 +10,21 @@ import contaccum_ext as ca
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
+# One weight of a row may be nearly all: e_W of tolerances.py with Q = 1.
+ROUNDING = 6 * torch.finfo(torch.bfloat16).eps / 2
+
+
+def step(vectors, bank, temperature):
+    """Loss and gradients of a batch, queries and passages (n, d); it goes into the bank."""
+    q, p = (x.detach().clone().requires_grad_() for x in vectors)
+    loss = ca.contaccum_loss(q, p, bank, temperature)
+    return (loss.detach(), *torch.autograd.grad(loss, (q, p)))
+
+
+def assert_close(ours, portable):
+    for a, b in zip(ours, portable, strict=True):
+        assert (a - b).norm() <= ROUNDING * b.norm()
+
 
 @pytest.mark.parametrize("drift", ["none", "mean"])
 @pytest.mark.parametrize("d", [384, 768])
@@ -22,15 +37,10 @@ def test_scores_so_far_apart_that_references_rise(d, drift, allow_kernels):
         bank = ca.DualMemoryBank(1344, d, 1, torch.bfloat16, "cuda", drift)
         for _ in range(4):
             vectors = torch.randn(n, 2, d, device="cuda") + torch.randn(2, d, device="cuda")
-            q, p = torch.nn.functional.normalize(vectors, dim=-1).unbind(1)
-            q, p = q.detach().requires_grad_(), p.detach().requires_grad_()
-            loss = ca.contaccum_loss(q, p, bank, 0.003)
-            results.append((loss.detach(), *torch.autograd.grad(loss, (q, p))))
-    # One weight of a row may be nearly all: e_W of tolerances.py with Q = 1.
-    rounding = 6 * torch.finfo(torch.bfloat16).eps / 2
-    for step in range(4):
-        for a, b in zip(results[step], results[step + 4], strict=True):
-            assert (a - b).norm() <= rounding * b.norm()
+            vectors = torch.nn.functional.normalize(vectors, dim=-1).unbind(1)
+            results.append(step(vectors, bank, 0.003))
+    for ours, portable in zip(results[:4], results[4:], strict=True):
+        assert_close(ours, portable)
 
 
 @pytest.mark.parametrize("drift", ["none", "mean"])
@@ -48,13 +58,9 @@ def test_scores_outside_the_window_move_nothing_within(d, drift, allow_kernels):
         for q, p in past:
             bank.enqueue(q, p)
         bank.window = n
-        q, p = (x.clone().requires_grad_() for x in now)
-        loss = ca.contaccum_loss(q, p, bank, 0.02)
-        results += [(loss.detach(), *torch.autograd.grad(loss, (q, p)), bank.table())]
-    rounding = 6 * torch.finfo(torch.bfloat16).eps / 2  # e_W, as in the test before
+        results.append((*step(now, bank, 0.02), bank.table()))
     (*ours, table), (*portable, same_table) = results
-    for a, b in zip(ours, portable, strict=True):
-        assert (a - b).norm() <= rounding * b.norm()
+    assert_close(ours, portable)
     sizes = Sizes(n, 1, d, filled=4096, scale=50, norm=1.01, component=1.0, row_weight=1 / n)
     both = 2 * bounds(sizes, torch.bfloat16, Kernels("cuda")).table
     assert_table(table, same_table.double(), both)

@@ -240,7 +240,7 @@ Arranged<S> arrange(const CudaStep& step, Arena arena) {
   a.query_done = arena.take<int>(sm90a_queries ? query_places * ceil_div(n, kBoxRows) : 0);
   a.passage_done =
       arena.take<int>(sm90a_passages ? passage_places * ceil_div(columns, kBoxRows) : 0);
-  // Nothing comes between the flags and part_max: run() clears what lies before it.
+  // Nothing comes between the flags and part_max: prepare() clears what lies before it.
   a.part_max = arena.take<A>(splits * n);
   a.part_sum = arena.take<A>(splits * n);
   if (has_offset_arrays<S>(step)) {  // what the kernels that follow read
@@ -254,9 +254,7 @@ Arranged<S> arrange(const CudaStep& step, Arena arena) {
     }
     if (sm90a_passages || (a.row_blocks > 0 && large_rows))
       a.passage_bias = arena.take<float>(floats);
-    if (sm90a_passages) {
-      a.query_offsets = arena.take<Bf16>(vectors * y.d);
-    }
+    if (sm90a_passages) a.query_offsets = arena.take<Bf16>(vectors * y.d);
   }
   a.unit_lse = arena.take<A>(a.incremental ? int64_t(a.blocks) * a.parts * n : 0);
   a.library = arena.take<char>(library ? library_bytes<S>(step) : 0);

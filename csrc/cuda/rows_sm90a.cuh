@@ -342,12 +342,17 @@ class BankedRowsHopper {
     return total;
   }
 
+  // The largest score of the thread's row h.
+  __device__ __forceinline__ static float top_of(const float (&s)[32], int h) {
+    float top = s[2 * h];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) top = fmaxf(top, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
+    return top;
+  }
   __device__ __forceinline__ static void add_columns(const float (&s)[32], Lse2 (&sums)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float top = s[2 * h];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) top = fmaxf(top, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
+      const float top = top_of(s, h);
       const float from = fmaxf(top, -1e30f);
       float sum = 0;
 #pragma unroll
@@ -376,9 +381,7 @@ class BankedRowsHopper {
     for (int j = 0; j < 8; ++j) factor[j] = {exp2_(factor[j].x), exp2_(factor[j].y)};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float top = s[2 * h];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) top = fmaxf(top, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
+      const float top = top_of(s, h);
       const float from = fmaxf(top, -1e30f);
       float sum = 0, with_bias = 0;
 #pragma unroll
