@@ -8,6 +8,8 @@
 // - One warp asks the copy engine for tiles, a warpgroup makes scores into weights (that of
 //   weigh_sm90a.cuh), two sum up weighted tiles.
 // - Splits share a place in part_out: each waits for the one before it and adds to its sums.
+// - The query side with offsets starts while prepare_offsets still runs, and waits where it needs
+//   what that leaves.
 #pragma once
 
 #include "weigh_sm90a.cuh"
@@ -90,7 +92,7 @@ class AttendHopper {
   __device__ __forceinline__ void copy() {
     prefetch_map(&maps.bank);
     copy_vectors(sh.local, &maps.locals, 0, first(), at(sh.locals_ready));
-    SlotWalk<S, kQuerySide> walk(a, ring, split(), splits());
+    SlotWalk<S, kQuerySide, has_offsets(kSide)> walk(a, ring, split(), splits());
     bool more = true;
     for (int i = 0; more; ++i) {
       more = walk.next();
@@ -99,6 +101,7 @@ class AttendHopper {
       SlotTile t = walk.tile();
       if (!more) t.count = 0;  // tells those who wait for a tile
       sh.slots[stage] = t;
+      if (starts_early(kSide) && t.offsets) wait_for_predecessor();
       const CUtensorMap* map = t.offsets ? &maps.offsets
                                : t.local ? &maps.local_vectors
                                          : &maps.bank;
@@ -124,9 +127,9 @@ class AttendHopper {
       if (order == Order::stop) break;
       if (kQuerySide && order == Order::rescale_and_add) rescale(buffer, acc);
       if (order != Order::skip) {
-        const uint64_t weights = matrix_at(shared_address(sh.weight[buffer]));
-        const uint64_t tile =
-            matrix_at(shared_address(sh.tile[stage]) + which * T::kSums * T::kBoxBytes);
+        const uint32_t weights = matrix_at(shared_address(sh.weight[buffer]));
+        const uint32_t tile = matrix_at(
+            shared_address(sh.tile[stage]) + which * T::kSums * T::kBoxBytes, T::kBoxBytes);
         if (has_offsets(kSide) && order == Order::add_offsets)
           add_tile<Bf16, kOffsetRows>(tile, weights, acc);
         else
@@ -144,43 +147,48 @@ class AttendHopper {
     if (a.with_grad) store(which, acc);
   }
 
-  // The first kRows vectors of a tile.
+  // Boxes that a product sums: so wide that 128 registers, which the compiler counts with, hold it.
+  static constexpr int kWide = T::kSums > 3 ? 2 : T::kSums;
+  // The first kRows vectors of a tile: (local, bank) by (bank, d), as wide as there are sums, so
+  // that weights are read once for all of them. With narrower products the tensor cores would read
+  // as much as shared memory gives, and what blocks send each other would wait for them.
   template <class Operand, int kRows>
-  __device__ __forceinline__ static void add_tile(uint64_t tile, uint64_t weights,
+  __device__ __forceinline__ static void add_tile(uint32_t tile, uint32_t weights,
                                                   float (&acc)[T::kSums][32]) {
-#pragma unroll
-    for (int c = 0; c < T::kSums; ++c) hold(acc[c]);
+    hold_all(acc);
     products_begin();
 #pragma unroll
     for (int k = 0; k < kRows / 16; ++k)
 #pragma unroll
-      for (int c = 0; c < T::kSums; ++c) {
+      for (int c = 0; c < T::kSums; c += kWide) {
         const int rows = k * 16 * 128 >> 4;
-        product<Operand, true>(acc[c], tile + (c * T::kBoxBytes >> 4) + rows, weights + rows, 1);
+        product<Operand, true>(reinterpret_cast<float (&)[kWide][32]>(acc[c]), weights + rows,
+                               tile + (c * T::kBoxBytes >> 4) + rows, 1);
       }
     products_commit();
     products_wait<0>();
+    hold_all(acc);
+  }
+  __device__ __forceinline__ static void hold_all(float (&acc)[T::kSums][32]) {
 #pragma unroll
     for (int c = 0; c < T::kSums; ++c) hold(acc[c]);
   }
 
+  // acc[c][4 j + 2 h + e] is that of local vector my_local(h) and element 64 c + my_element(j) + e
+  // of the warpgroup's.
   __device__ __forceinline__ static int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
-  __device__ __forceinline__ int my_row() const { return threadIdx.x / 32 % 4 * 16 + lane / 4; }
-  __device__ __forceinline__ int my_local(int j) const { return 8 * j + lane % 4 * 2; }
+  __device__ __forceinline__ int my_local(int h) const {
+    return threadIdx.x / 32 % 4 * 16 + lane / 4 + 8 * h;
+  }
+  __device__ __forceinline__ int my_element(int j) const { return 8 * j + lane % 4 * 2; }
 
   // The references have been raised.
   __device__ __forceinline__ void rescale(int buffer, float (&acc)[T::kSums][32]) {
+    const float f[2] = {sh.shrink[buffer][my_local(0)], sh.shrink[buffer][my_local(1)]};
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float2 f = *reinterpret_cast<const float2*>(&sh.shrink[buffer][my_local(j)]);
+    for (int c = 0; c < T::kSums; ++c)
 #pragma unroll
-      for (int c = 0; c < T::kSums; ++c)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          acc[c][4 * j + 2 * h] *= f.x;
-          acc[c][4 * j + 2 * h + 1] *= f.y;
-        }
-    }
+      for (int x = 0; x < 32; ++x) acc[c][x] *= f[x / 2 % 2];
   }
 
   // --- where the sums go ---
@@ -218,21 +226,23 @@ class AttendHopper {
       }
       return;
     }
-    float* const to = place();
+    float* const to = place() + which * T::kSums * kBoxColumns;
     const float unshift = kQuerySide ? 1.f : exp2_(-weight_shift<S>(kSide));
 #pragma unroll
     for (int c = 0; c < T::kSums; ++c)
 #pragma unroll
       for (int j = 0; j < 8; ++j)
 #pragma unroll
-        for (int x = 0; x < 4; ++x)
-          to[(my_local(j) + x % 2) * T::kSlice + (which * T::kSums + c) * kBoxColumns + my_row() +
-             x / 2 * 8] = acc[c][4 * j + x] * unshift;
+        for (int h = 0; h < 2; ++h)
+          *reinterpret_cast<float2*>(to + my_local(h) * T::kSlice + c * kBoxColumns +
+                                     my_element(j)) = {acc[c][4 * j + 2 * h] * unshift,
+                                                       acc[c][4 * j + 2 * h + 1] * unshift};
   }
   // What the splits before this one have left, once they have.
   __device__ __forceinline__ void add_left_sums(float (&acc)[T::kSums][32]) {
     const int thread = summing();
-    named_sync<2 * T::kGroup>(2);  // tiles are no longer read
+    named_sync<2 * T::kGroup>(2);                     // tiles are no longer read
+    if (starts_early(kSide)) wait_for_predecessor();  // it clears the flags
     if (lane == 0) wait_for_flag(flag(), in_place());
     __syncwarp();
     float4* const theirs = reinterpret_cast<float4*>(sh.tile) + thread;
@@ -248,21 +258,22 @@ class AttendHopper {
     }
     copy_wait<0>();
     if (kQuerySide) named_sync<2 * T::kGroup>(2);
+    float mine[2] = {1, 1}, other[2] = {1, 1};
+    if constexpr (kQuerySide) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      float2 mine{1, 1}, other{1, 1};
-      if constexpr (kQuerySide) {
-        mine = *reinterpret_cast<const float2*>(&sh.shrink[0][my_local(j)]);
-        other = *reinterpret_cast<const float2*>(&sh.shrink[1][my_local(j)]);
+      for (int h = 0; h < 2; ++h) {
+        mine[h] = sh.shrink[0][my_local(h)];
+        other[h] = sh.shrink[1][my_local(h)];
       }
+    }
 #pragma unroll
-      for (int c = 0; c < T::kSums; ++c) {
-        const float4 x = load_in_order(shared_address(theirs + (c * 8 + j) * 2 * T::kGroup));
-        acc[c][4 * j] = acc[c][4 * j] * mine.x + x.x * other.x;
-        acc[c][4 * j + 1] = acc[c][4 * j + 1] * mine.y + x.y * other.y;
-        acc[c][4 * j + 2] = acc[c][4 * j + 2] * mine.x + x.z * other.x;
-        acc[c][4 * j + 3] = acc[c][4 * j + 3] * mine.y + x.w * other.y;
-      }
+    for (int q = 0; q < kQuads; ++q) {
+      const float4 x = load_in_order(shared_address(theirs + q * 2 * T::kGroup));
+      float* const sum = &acc[q / 8][q % 8 * 4];
+      sum[0] = sum[0] * mine[0] + x.x * other[0];
+      sum[1] = sum[1] * mine[0] + x.y * other[0];
+      sum[2] = sum[2] * mine[1] + x.z * other[1];
+      sum[3] = sum[3] * mine[1] + x.w * other[1];
     }
   }
   // For this split's sums and for those that were left: see max_of_splits().

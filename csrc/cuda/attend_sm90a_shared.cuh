@@ -15,6 +15,12 @@ __host__ __device__ constexpr bool has_offsets(Side side) {
   return side == Side::queries_with_offsets || side == Side::passages_with_offsets;
 }
 
+// Whether the kernel may run beside the one before it, prepare_offsets. That one is launched as
+// usual: whatever came before it has ended, and can be read without waiting.
+__host__ __device__ constexpr bool starts_early(Side side) {
+  return side == Side::queries_with_offsets;
+}
+
 // What the scoring warpgroup tells the summing ones about a buffer of weights.
 enum class Order : int { add, rescale_and_add, add_offsets, skip, stop };
 

@@ -29,24 +29,37 @@ bool describe(const Args<S>& a, HopperMaps& maps) {
          describe_tensor(&maps.bank, bf16, bank, capacity ? capacity : n, kinds, a.d);
 }
 
+// A graph can capture launches that start early from CUDA 12.3 on.
+inline bool can_start_early() {
+  static const bool can = [] {
+    int runtime = 0, driver = 0;
+    cudaRuntimeGetVersion(&runtime);
+    cudaDriverGetVersion(&driver);
+    return std::min(runtime, driver) >= 12030;
+  }();
+  return can;
+}
+
 // Blocks are launched in clusters of kCluster.
 template <class S, Side kSide, class T>
 struct AttendLaunch {
   static constexpr int kBytes = sizeof(HopperShared<T>);
   static_assert(kBytes <= 227 << 10, "what a block may have");
   cudaLaunchConfig_t config{};
-  cudaLaunchAttribute cluster{};
+  cudaLaunchAttribute attributes[2]{};
 
   AttendLaunch(int splits, int64_t locals, cudaStream_t stream) {
     allow_shared_bytes<attend_sm90a<S, kSide, T>>(kBytes);
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {T::kCluster, 1, 1};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {T::kCluster, 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = dim3(splits * T::kCluster, unsigned(ceil_div(locals, T::kLocal)));
     config.blockDim = dim3(T::kThreads);
     config.dynamicSmemBytes = kBytes;
     config.stream = stream;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = starts_early(kSide) && can_start_early() ? 2 : 1;
   }
 };
 

@@ -111,6 +111,13 @@ __device__ __forceinline__ void wait_for_flag(const int* flag, int height) {
   while (raised < height);
 }
 
+// --- kernels that may start before the one before them has ended ---
+
+// Until it has, and what it wrote can be seen.
+__device__ __forceinline__ void wait_for_predecessor() {
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+}
+
 // --- named barriers: some of the warps of a block ---
 
 template <int kCount>
@@ -185,10 +192,12 @@ __device__ __forceinline__ void fence_for_products() {
 
 // --- products of a warpgroup ---
 
-// Rows of 128 bytes, swizzled in eights: groups of eight rows lie 1024 bytes apart.
-__device__ __forceinline__ uint64_t matrix_at(uint32_t address) {
-  constexpr uint64_t kSwizzle128 = uint64_t(1) << 62, kEightRows = uint64_t(1024 >> 4) << 32;
-  return kSwizzle128 | kEightRows | uint64_t(1) << 16 | (address & 0x3ffff) >> 4;
+// Of the description of an operand what differs between operands, a number to which 16-byte units
+// can be added; the other half is in CONTACCUM_PRODUCT. Rows of 128 bytes, swizzled in eights:
+// groups of eight rows lie 1024 bytes apart. Longer rows, of transposed operands only, go on `next`
+// bytes behind.
+__device__ __forceinline__ uint32_t matrix_at(uint32_t address, int next = 16) {
+  return uint32_t(next >> 4) << 16 | (address & 0x3ffff) >> 4;
 }
 
 __device__ __forceinline__ void products_begin() {
@@ -231,32 +240,43 @@ __device__ __forceinline__ void hold(float (&c)[N]) {
 #define CONTACCUM_R96                                                                            \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define CONTACCUM_PRODUCT(N, DTYPE, REGISTERS, A, B, ADD, TRANSPOSED)                              \
-  "{\n"                                                                                            \
-  ".reg .pred add;\n"                                                                              \
-  "setp.ne.b32 add, %" ADD                                                                         \
-  ", 0;\n"                                                                                         \
-  "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." DTYPE "." DTYPE " {" REGISTERS "}, %" A ", %" B \
-  ", add, 1, 1, %" TRANSPOSED ", %" TRANSPOSED                                                     \
-  ";\n"                                                                                            \
+// 0x40000040: swizzled by 128 bytes, 1024 / 16 from one group of eight rows to the next.
+#define CONTACCUM_PRODUCT(N, DTYPE, REGISTERS, A, B, ADD, TRANSPOSED)             \
+  "{\n"                                                                           \
+  ".reg .pred add;\n"                                                             \
+  ".reg .b64 a, b;\n"                                                             \
+  "setp.ne.b32 add, %" ADD                                                        \
+  ", 0;\n"                                                                        \
+  "mov.b64 a, {%" A                                                               \
+  ", 0x40000040};\n"                                                              \
+  "mov.b64 b, {%" B                                                               \
+  ", 0x40000040};\n"                                                              \
+  "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." DTYPE "." DTYPE " {" REGISTERS \
+  "}, a, b, add, 1, 1, %" TRANSPOSED ", %" TRANSPOSED                             \
+  ";\n"                                                                           \
   "}\n"
 
 // An overload by the shape of c. A, B, ADD and TRANSPOSED: numbers of the operands behind c's.
 #define CONTACCUM_PRODUCT_OVERLOAD(SHAPE, N, REGISTERS, A, B, ADD, TRANSPOSED, ...)           \
   template <class S, bool kTransposed>                                                        \
-  __device__ __forceinline__ void product(float(&c) SHAPE, uint64_t a, uint64_t b, int add) { \
+  __device__ __forceinline__ void product(float(&c) SHAPE, uint32_t a, uint32_t b, int add) { \
     if constexpr (std::is_same_v<S, Bf16>)                                                    \
       asm volatile(CONTACCUM_PRODUCT(N, "bf16", REGISTERS, A, B, ADD, TRANSPOSED)             \
                    : __VA_ARGS__                                                              \
-                   : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));                        \
+                   : "r"(a), "r"(b), "r"(add), "n"(int(kTransposed)));                        \
     else                                                                                      \
       asm volatile(CONTACCUM_PRODUCT(N, "f16", REGISTERS, A, B, ADD, TRANSPOSED)              \
                    : __VA_ARGS__                                                              \
-                   : "l"(a), "l"(b), "r"(add), "n"(int(kTransposed)));                        \
+                   : "r"(a), "r"(b), "r"(add), "n"(int(kTransposed)));                        \
   }
 CONTACCUM_PRODUCT_OVERLOAD([32], "64", CONTACCUM_R0, "32", "33", "34", "35", CONTACCUM_C32(c, 0))
+CONTACCUM_PRODUCT_OVERLOAD([1][32], "64", CONTACCUM_R0, "32", "33", "34", "35",
+                           CONTACCUM_C32(c[0], 0))
 CONTACCUM_PRODUCT_OVERLOAD([2][32], "128", CONTACCUM_R0 ", " CONTACCUM_R32, "64", "65", "66", "67",
                            CONTACCUM_C32(c[0], 0), CONTACCUM_C32(c[1], 0))
+CONTACCUM_PRODUCT_OVERLOAD([3][32], "192", CONTACCUM_R0 ", " CONTACCUM_R32 ", " CONTACCUM_R64, "96",
+                           "97", "98", "99", CONTACCUM_C32(c[0], 0), CONTACCUM_C32(c[1], 0),
+                           CONTACCUM_C32(c[2], 0))
 CONTACCUM_PRODUCT_OVERLOAD([4][32], "256",
                            CONTACCUM_R0 ", " CONTACCUM_R32 ", " CONTACCUM_R64 ", " CONTACCUM_R96,
                            "128", "129", "130", "131", CONTACCUM_C32(c[0], 0),

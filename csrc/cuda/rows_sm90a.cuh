@@ -238,8 +238,8 @@ class BankedRowsHopper {
       const int stage = done % T::kStages;
       barrier_wait(at(sh.full[stage]), done / T::kStages & 1);
       products_begin();
-      const uint64_t rows = matrix_at(shared_address(sh.rows[stage][group]));
-      const uint64_t columns = matrix_at(shared_address(sh.columns[stage]));
+      const uint32_t rows = matrix_at(shared_address(sh.rows[stage][group]));
+      const uint32_t columns = matrix_at(shared_address(sh.columns[stage]));
 #pragma unroll
       for (int k = 0; k < kBoxColumns / 16; ++k)
         product<S, false>(s, rows + (k * 32 >> 4), columns + (k * 32 >> 4), 1);

@@ -6,31 +6,40 @@
 
 namespace contaccum {
 
-template <class S, class T>
+template <class S, class T, bool kOffsets>
 class TileScores {
   static constexpr int kScores = 32;
 
  public:
   __device__ __forceinline__ TileScores(HopperShared<T>& shared, int rank_)
-      : sh(shared), rank(rank_), thread(threadIdx.x), lane(threadIdx.x % 32) {}
+      : sh(shared),
+        rank(rank_),
+        thread(threadIdx.x),
+        lane(threadIdx.x % 32),
+        first_operand(__shfl_sync(0xffffffffu, matrix_at(shared_address(shared.local)), 0)) {}
 
   // Read by the lane that also arrives at the barriers behind which the next tile is written.
   __device__ __forceinline__ SlotTile tile(int i) const {
     return from_first_lane(lane == 0 ? sh.slots[i % T::kStages] : SlotTile{});
   }
 
-  // False if there is no tile i.
-  __device__ __forceinline__ bool wait_tile(int i) const {
+  // Whether tile i, once it is there, is one of slots.
+  __device__ __forceinline__ bool wait_slots(int i) const {
     barrier_wait(at(sh.full[i % T::kStages]), i / T::kStages & 1);
-    return __any_sync(0xffffffffu, lane == 0 && sh.slots[i % T::kStages].count > 0);
+    const SlotTile& t = sh.slots[i % T::kStages];
+    return __any_sync(0xffffffffu, lane == 0 && t.count > 0 && !(kOffsets && t.offsets));
   }
 
   // The block's share of the scores of tile i: bank x local vectors, over its elements of d.
   __device__ __forceinline__ void start(int i, float (&s)[kScores]) {
     hold(s);
     products_begin();
-    const uint64_t bank = matrix_at(shared_address(sh.tile[i % T::kStages]));
-    const uint64_t locals = matrix_at(shared_address(sh.local));
+    static_assert(offsetof(HopperShared<T>, tile) ==
+                  offsetof(HopperShared<T>, local) + T::kOperandBytes);
+    uint32_t locals = first_operand;
+    // Or the 24 descriptions behind it would be kept from tile to tile, where registers are scarce.
+    asm volatile("" : "+r"(locals));
+    const uint32_t bank = locals + (1 + i % T::kStages) * (T::kOperandBytes >> 4);
 #pragma unroll
     for (int c = 0; c < T::kColumns; ++c)
 #pragma unroll
@@ -75,6 +84,10 @@ class TileScores {
  private:
   HopperShared<T>& sh;
   const int rank, thread, lane;
+  // Descriptions of operands are counted from that of the locals. It is a lane's for all lanes:
+  // from anything less clearly uniform the compiler may work out all of them in registers of a
+  // thread and move each to where products take it from.
+  const uint32_t first_operand;
 };
 
 }  // namespace contaccum

@@ -1,8 +1,7 @@
 // What one split of a streaming pass reads, in tiles for attend_sm90a.cuh: its share of the local
 // vectors, then its share of the bank. A tile is at most kBoxRows slots of one kind of passage; it
-// never crosses a multiple of kBoxRows, a run or a unit, so it has one offset. Up to kOffsetsAtOnce
-// offsets that follow each other in memory are followed by a tile of those offsets: behind the
-// first tile of the next offset, so that no tile has to be known before its turn.
+// never crosses a multiple of kBoxRows, a run or a unit, so it has one offset. Behind the tiles of
+// up to kOffsetsAtOnce offsets that follow each other in memory comes a tile of those offsets.
 #pragma once
 
 #include "ring.cuh"
@@ -11,7 +10,7 @@
 namespace contaccum {
 
 // So many offsets in a tile; a product takes kOffsetRows of its rows.
-constexpr int kOffsetsAtOnce = 7, kOffsetRows = 16;
+constexpr int kOffsetsAtOnce = 8, kOffsetRows = 16;
 
 struct SlotTile {
   int slot, count, kind;  // offsets: the first, and how many
@@ -38,7 +37,7 @@ __device__ __forceinline__ SlotTile from_first_lane(SlotTile t) {
   return t;
 }
 
-template <class S, bool kQuerySide>
+template <class S, bool kQuerySide, bool kOffsets>
 class SlotWalk {
  public:
   __device__ SlotWalk(const Args<S>& args, const Ring<S>& r, int split, int splits)
@@ -61,36 +60,34 @@ class SlotWalk {
 
   // Whether there is another tile.
   __device__ bool next() {
-    if (offsets_next) closed_count = 0;  // given
-    offsets_next = false;
-    if (closed_count == 0) {
-      if (next_slots()) {
-        add_offset();
-        return true;
-      }
-      close_offsets();
+    if (offsets_next) {  // and behind them, what was found before them
+      offsets_next = false;
+      offset_count = 0;
+    } else {
+      more = next_slots();
+      offsets_next = offset_count > 0 && !(more && has_room());
     }
-    offsets_next = true;
-    return closed_count > 0;
+    if (!offsets_next && more) add_offset();
+    return offsets_next || more;
   }
   // The tile that next() has found.
   __device__ SlotTile tile() const {
     if (!offsets_next) return slots;
-    return {closed_first, closed_count, 0, -1, 0, false, true, false, true};
+    return {first_offset, offset_count, 0, -1, 0, false, true, false, true};
   }
 
  private:
-  __device__ void add_offset() {
-    if (slots.offset < 0 || !a.with_grad) return;
-    const int next = offset_count > 0 ? first_offset + offset_count : slots.offset;
-    if (slots.offset == next - 1) return;  // goes on
-    if (slots.offset != next || offset_count == kOffsetsAtOnce) close_offsets();
-    if (offset_count++ == 0) first_offset = slots.offset;
+  __device__ bool has_offset() const { return kOffsets && slots.offset >= 0 && a.with_grad; }
+  // Whether the tile's offset, if any, is the last one or follows it.
+  __device__ bool has_room() const {
+    const int place = slots.offset - first_offset;
+    return !has_offset() || place == offset_count - 1 ||
+           (place == offset_count && place < kOffsetsAtOnce);
   }
-  __device__ void close_offsets() {
-    closed_first = first_offset;
-    closed_count = offset_count;
-    offset_count = 0;
+  __device__ void add_offset() {
+    if (!has_offset()) return;
+    if (offset_count == 0) first_offset = slots.offset;
+    offset_count = slots.offset - first_offset + 1;
   }
 
   // The next tile of slots; none again once there is none.
@@ -138,10 +135,10 @@ class SlotWalk {
   const Args<S>& a;
   const Ring<S>& ring;
   SlotTile slots{};
-  bool offsets_next = false;               // the tile is closed_count offsets from closed_first on
+  bool more = true;                        // `slots` is a tile
+  bool offsets_next = false;               // but offsets come first
   int first_offset = 0, offset_count = 0;  // of tiles already given
-  int closed_first = 0, closed_count = 0;
-  int mean = -1;  // of the run
+  int mean = -1;                           // of the run
   int last_unit = 0;
   int slot = 0, slot_end = 0;
   int at = 0, run_begin = 0, run_end = 0;

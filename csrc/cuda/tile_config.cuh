@@ -97,13 +97,14 @@ struct HopperTile {
 };
 
 // Registers of a thread, by what its warpgroup does. Together 512: four times the 128 that 512
-// threads begin with. 96 sums and what adds two splits' want 136, the walk over tiles 56; the 184
-// that are left are enough to score, but on the query side with offsets or with 128 sums.
+// threads begin with. 96 sums and what adds two splits' want 128, the walk over tiles 48 to 56; the
+// 200 to 208 that are left are enough to score. Beside 128 sums scoring has 160 or 168, too few on
+// the query side, so that the walk makes do with 24 there.
 template <class T, bool kQueries, bool kOffsets>
 struct HopperRegisters {
   static constexpr bool kManySums = T::kSums > 3;
-  static constexpr int kSum = kManySums ? 160 : 136;
-  static constexpr int kCopy = kManySums ? kQueries ? 32 : 40 : kQueries && kOffsets ? 48 : 56;
+  static constexpr int kSum = kManySums ? 160 : 128;
+  static constexpr int kCopy = kManySums ? kQueries ? 24 : 40 : kQueries && kOffsets ? 48 : 56;
   static constexpr int kScore = 512 - 2 * kSum - kCopy;
 };
 

@@ -7,6 +7,8 @@
 // - Tiles of one unit and offset after each other are a stretch: the references of the loss are
 //   kept less the offset's bias, so that a tile costs what it does without. Sums are taken where it
 //   ends.
+// - Behind the tiles of a few offsets comes a tile of those offsets, which is not scored: its
+//   weights are the sums of their stretches.
 // - A thread has two bank vectors and 16 local ones, in the order in which products leave scores:
 //   [4 j + 2 h + e] is bank vector my_row() + 8 h, local my_local(j) + e.
 #pragma once
@@ -21,7 +23,6 @@ class WeighHopper {
   static constexpr bool kQuerySide = is_query_side(kSide), kOffsets = has_offsets(kSide);
   using Shared = HopperShared<T>;
   static constexpr int kScores = 32, kMine = 16;
-  static constexpr unsigned kMasses = kOffsetsAtOnce + 1;  // of a tile of offsets, and of the next
   // Weights at the reference are 2^kShift: a half keeps its bits down to 2^-14 and ends at 2^16.
   static constexpr float kRoom = 8, kShift = weight_shift<S>(kSide);
 
@@ -54,38 +55,42 @@ class WeighHopper {
       last_unit = int(units * (split + 1) / splits);
       unit = first_unit - 1;
     }
-    float s[kScores] = {}, ahead[kScores] = {};
     barrier_wait(at(sh.locals_ready), 0);
-    bool more = scores.wait_tile(0);
-    if (more) {
-      scores.start(0, s);
-      scores.end(s);
-      scores.send(0, s);
-    }
-    int i = 0;
-    // Behind the last tile the products run once more, on that tile, and are not used: products
-    // that are under way on some paths only would be serialised.
+    if (starts_early(kSide)) wait_for_predecessor();  // for biases, and flags of thread 0
+    float s[kScores] = {}, ahead[kScores] = {};
+    int i = 0, exchange = 0;  // tiles, and those of them that are scored
+    bool more = scores.wait_slots(0);
+    do {
+      if (more) {
+        scores.start(i, s);
+        scores.end(s);
+        scores.send(exchange, s);
+      }
+      // Behind the last tile the products run once more, on that tile, and are not used: products
+      // that are under way on some paths only would be serialised.
 #pragma unroll 1
-    for (; more; ++i) {
-      const SlotTile t = scores.tile(i);
-      const Needed needed = ask(t);
-      more = scores.wait_tile(i + 1);
-      scores.start(more ? i + 1 : i, ahead);
-      scores.receive(i, s);
-      claim(i);
-      if (kOffsets && seldom(t.offsets))
-        weigh_offsets(i % 2, t);
-      else
+      for (; more; ++i) {
+        const SlotTile t = scores.tile(i);
+        const Needed needed = ask(t);
+        more = scores.wait_slots(i + 1);
+        scores.start(more ? i + 1 : i, ahead);
+        scores.receive(exchange++, s);
+        claim(i);
         weigh(t, needed, s, i % 2);
-      scores.end(ahead);
+        scores.end(ahead);
 #pragma unroll
-      for (int x = 0; x < kScores; ++x) s[x] = ahead[x];
-      // Or products would be serialised; with two blocks it would delay what is sent.
-      if (kOffsets && T::kCluster == 1) hold(s);
-      if (more) scores.send(i + 1, s);
-    }
+        for (int x = 0; x < kScores; ++x) s[x] = ahead[x];
+        // Or products would be serialised; with two blocks it would delay what is sent.
+        if (kOffsets && T::kCluster == 1) hold(s);
+        if (more) scores.send(exchange, s);
+      }
+      if (kOffsets) {
+        end_stretch();
+        more = weigh_offsets(i);
+      }
+    } while (kOffsets && more);
     claim(i);
-    if (kQuerySide) end_stretch();
+    if (kQuerySide && !kOffsets) end_stretch();
     if (kQuerySide && kOffsets && thread < T::kLocal) sh.reference[0][thread] = reference;
     hand_over(i % 2, Order::stop);
     if (kQuerySide) {
@@ -105,7 +110,6 @@ class WeighHopper {
 
   __device__ __forceinline__ Needed ask(const SlotTile& t) const {
     Needed p{};
-    if (t.offsets) return p;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = min(my_row() + 8 * h, t.count - 1);
@@ -320,7 +324,7 @@ class WeighHopper {
       const float factor = sh.shrink[buffer][thread];
       loss_sum *= factor;
 #pragma unroll
-      for (unsigned x = 0; x < kMasses; ++x) mass[x] *= factor;
+      for (int x = 0; x < kOffsetsAtOnce; ++x) mass[x] *= factor;
     }
 #pragma unroll
     for (int j = 0; j < 8; ++j)
@@ -351,7 +355,8 @@ class WeighHopper {
 
   // --- sums ---
 
-  // Sums over all bank vectors; the first threads get that of local vector `thread`.
+  // Sums over all bank vectors; the first threads get that of local vector `thread`. All must meet
+  // before the next time.
   __device__ __forceinline__ float sum_columns(const float (&mine)[kMine]) {
 #pragma unroll
     for (int j = 0; j < 8; ++j)
@@ -367,7 +372,6 @@ class WeighHopper {
     if (thread < T::kLocal)
 #pragma unroll
       for (int w = 0; w < 4; ++w) whole += sh.column[w][thread];
-    sync();
     return whole;
   }
   // Whether the thread stores what both blocks know, for local vector `thread`.
@@ -391,7 +395,7 @@ class WeighHopper {
     offset = t.offset;
     if (offset >= 0 && offset != last_offset) {
       last_offset = offset;
-      ++masses;
+      ++offsets;
     }
     bias = new_bias;
     if (thread < T::kLocal) sh.reference[0][thread] = kQuerySide ? reference - bias : bias;
@@ -404,30 +408,32 @@ class WeighHopper {
     const float whole = sum_columns(sums);
     if (references == 0) loss_sum += whole;
     // What is left of a far one is too little to go into the table.
-    if (kQuerySide && !far) add_to_unit(sh.reference[references][thread % T::kLocal], whole);
+    if (kQuerySide && !far && thread < T::kLocal)
+      add_to_unit(sh.reference[references][thread], whole);
 #pragma unroll
-    for (unsigned x = 0; x < kMasses; ++x)
-      if (offset >= 0 && x == (masses - 1) % kMasses) mass[x] += whole;
+    for (int x = 0; x < kOffsetsAtOnce; ++x)
+      if (kOffsets && offset >= 0 && x == offsets - 1) mass[x] += whole;
 #pragma unroll
     for (int x = 0; x < kMine; ++x) sums[x] = 0;
   }
-  // A tile of offsets, which are the last ones or those before the last: their weights are their
-  // masses, which begin anew.
-  __device__ __forceinline__ void weigh_offsets(int buffer, const SlotTile& t) {
-    const bool with_last = t.slot + t.count - 1 == last_offset;
-    const unsigned first_mass = masses - t.count - (with_last ? 0 : 1);
-    if (__any_sync(0xffffffffu, with_last && offset >= 0)) end_stretch();
+  // The offsets of the stretches since the last ones, if tile i is they; whether slots follow.
+  __device__ __forceinline__ bool weigh_offsets(int& i) {
+    const SlotTile t = scores.tile(i);
+    if (t.count == 0) return false;
+    claim(i);
     if (thread < T::kLocal)
 #pragma unroll
-      for (unsigned x = 0; x < kMasses; ++x) {
-        const int row = (x - first_mass) % kMasses;
-        char* to = sh.weight[buffer] + row * 128 + ((thread / 8 ^ row) << 4) + thread % 8 * 2;
-        *reinterpret_cast<Bf16*>(to) = __float2bfloat16(row < t.count ? mass[x] : 0.f);
-        *reinterpret_cast<Bf16*>(to + kMasses * 128) = __float2bfloat16(0.f);
-        if (row < t.count) mass[x] = 0;
+      for (int x = 0; x < kOffsetsAtOnce; ++x) {
+        char* to = sh.weight[i % 2] + x * 128 + ((thread / 8 ^ x) << 4) + thread % 8 * 2;
+        *reinterpret_cast<Bf16*>(to) = __float2bfloat16(mass[x]);
+        *reinterpret_cast<Bf16*>(to + kOffsetsAtOnce * 128) = __float2bfloat16(0.f);
+        mass[x] = 0;
       }
-    static_assert(kOffsetRows == 2 * kMasses, "rows behind the masses are zeros");
-    hand_over(buffer, Order::add_offsets);
+    static_assert(kOffsetRows == 2 * kOffsetsAtOnce, "rows behind the masses are zeros");
+    hand_over(i % 2, Order::add_offsets);
+    offsets = 0;
+    sync();
+    return scores.wait_slots(++i);
   }
 
   // Table entries of units [unit, end): the first is what has been summed, the others are empty.
@@ -462,7 +468,7 @@ class WeighHopper {
   const Args<S>& a;
   const Ring<S>& ring;
   Shared& sh;
-  TileScores<S, T> scores;
+  TileScores<S, T, kOffsets> scores;
   const int rank, split, total, first;
   const int thread, lane, warp;  // of the warpgroup
   int first_unit = 0, last_unit = 0, unit = 0;
@@ -475,11 +481,10 @@ class WeighHopper {
   int offset = -1;
   bool far = false;
   float bias = 0, reference = minus_infinity<float>();
-  // For local vector `thread`, masses of offsets that have yet to be summed; how many there have
-  // been, and of which offset the last.
-  float mass[kMasses] = {};
-  unsigned masses = 0;
-  int last_offset = -1;
+  // For local vector `thread`, masses of the offsets since the last tile of offsets; how many these
+  // are, and the last.
+  float mass[kOffsetsAtOnce] = {};
+  int offsets = 0, last_offset = -1;
 };
 
 }  // namespace contaccum
