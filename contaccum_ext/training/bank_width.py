@@ -8,7 +8,7 @@ from contaccum_ext.training.methods import METHODS
 
 
 def bank_warnings(config: TrainConfig, capacity: int) -> list[str]:
-    """What to expect of a bank that is too wide for its drift correction, in words.
+    """What to expect of a bank that is wider than what is safe everywhere, in words.
 
     Args:
         config: settings of the run; methods without a bank never warn.
