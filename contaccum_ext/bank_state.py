@@ -157,11 +157,23 @@ class BankState(nn.Module):
                 layout = "layout.group, layout.offset_block, layout.block"
                 names = f"(drift of {DRIFT}, {layout}, drift_decay, anticipate)"
                 errors.append(f"{prefix}bank: expected {names} {self._identity()}, got {identity}")
+        if errors:
+            errors += self._other_layout(state_dict.get(f"{prefix}_extra_state"), prefix)
         if self.mirror is not None:
             errors += self.mirror._differences(state_dict, f"{prefix}mirror.")
         elif any(key.startswith(f"{prefix}mirror.") for key in state_dict):
             errors.append(f"{prefix}mirror: expected none (symmetric=False), got one")
         return errors
+
+    def _other_layout(self, state: object, prefix: str) -> list[str]:
+        """How to make a bank that takes this extra state, if it is of another layout."""
+        if not isinstance(state, Tensor) or state.shape != (11,):
+            return []
+        sizes = tuple(state[6:9].tolist())
+        if sizes == self._identity()[1:4]:
+            return []
+        layout = ", ".join(f"{size:.0f}" for size in sizes)
+        return [f"{prefix}bank: the state is that of a bank made with layout=BankLayout({layout})"]
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, extra, errors):
         """Refuse the state of another bank before anything is copied."""

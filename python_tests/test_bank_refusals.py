@@ -114,12 +114,12 @@ STATES = {
     "another dtype": (other_state(dtype=torch.bfloat16), ["bank_queries", "float32", "bfloat16"]),
     "another layout": (
         other_state(layout=ca.BankLayout(1, 1, 2)),
-        ["block_lse", "(2, 7)", "(4, 7)"],
+        ["block_lse", "(2, 7)", "(4, 7)", "layout=BankLayout(1, 1, 2)"],
     ),
     # Nine slots make two blocks, two groups and two offset blocks of either layout.
     "a layout of the same shapes": (
         other_state(capacity=9, layout=ca.BankLayout(4, 8, 8)),
-        ["layout"],
+        ["layout.group", "layout=BankLayout(4, 8, 8)"],
     ),
     # Its means are no running means: every banked vector would be shifted by the mean itself.
     "means of another lag": (other_state(drift="mean", drift_decay=0.5), ["drift_decay"]),
@@ -141,6 +141,12 @@ def target_for(name: str, device: str) -> ca.DualMemoryBank:
         return ca.DualMemoryBank(9, D, M, device=device, layout=ca.BankLayout(3, 6, 6))
     corrected = name in ("without drift correction", "means of another lag")
     return bank_with(device, drift="mean" if corrected else "none")
+
+
+def test_a_layout_is_named_only_where_it_differs(device):
+    with pytest.raises(RuntimeError) as caught:
+        bank_with(device).load_state_dict(other_state(capacity=6))
+    assert "layout=" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", STATES)
