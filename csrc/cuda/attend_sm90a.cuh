@@ -155,7 +155,7 @@ class AttendHopper {
   template <class Operand, int kRows>
   __device__ __forceinline__ static void add_tile(uint32_t tile, uint32_t weights,
                                                   float (&acc)[T::kSums][32]) {
-    hold_all(acc);
+    hold(acc);
     products_begin();
 #pragma unroll
     for (int k = 0; k < kRows / 16; ++k)
@@ -167,11 +167,7 @@ class AttendHopper {
       }
     products_commit();
     products_wait<0>();
-    hold_all(acc);
-  }
-  __device__ __forceinline__ static void hold_all(float (&acc)[T::kSums][32]) {
-#pragma unroll
-    for (int c = 0; c < T::kSums; ++c) hold(acc[c]);
+    hold(acc);
   }
 
   // acc[c][4 j + 2 h + e] is that of local vector my_local(h) and element 64 c + my_element(j) + e

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ptx_sm90a.cuh"
+#include "ptx_succession.cuh"
 #include "slot_walk.cuh"
 #include "tile_config.cuh"
 

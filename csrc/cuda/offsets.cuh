@@ -8,6 +8,7 @@
 #pragma once
 
 #include "ptx_mma.cuh"
+#include "ptx_succession.cuh"
 #include "ring.cuh"
 
 namespace contaccum {
@@ -153,10 +154,7 @@ class BiasTile {
 template <class S>
 __global__ void __launch_bounds__(kOffsetThreads) prepare_offsets(const Args<S> a, int flags) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // only launched on sm_90
-#if __CUDA_ARCH__ >= 900
-  // The query side may start: see attend_sm90a.cuh.
-  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
-#endif
+  let_successor_start();                             // the query side: see attend_sm90a.cuh
   extern __shared__ __align__(16) char dynamic[];
   auto& shared = *reinterpret_cast<OffsetsShared*>(dynamic);
   if (blockIdx.x == 0)

@@ -111,13 +111,6 @@ __device__ __forceinline__ void wait_for_flag(const int* flag, int height) {
   while (raised < height);
 }
 
-// --- kernels that may start before the one before them has ended ---
-
-// Until it has, and what it wrote can be seen.
-__device__ __forceinline__ void wait_for_predecessor() {
-  asm volatile("griddepcontrol.wait;\n" ::: "memory");
-}
-
 // --- named barriers: some of the warps of a block ---
 
 template <int kCount>
@@ -216,6 +209,13 @@ __device__ __forceinline__ void hold(float (&c)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(c[i])::"memory");
 }
+template <int M, int N>
+__device__ __forceinline__ void hold(float (&c)[M][N]) {
+#pragma unroll
+  for (int i = 0; i < M; ++i) hold(c[i]);
+}
+// What follows from x may not be worked out before.
+__device__ __forceinline__ void hold(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
 // c (64 x N, float) = or += a (64 x 16) * b (16 x N), both in shared memory. With kTransposed their
 // rows run along the 64 and N elements, else along the 16.
@@ -270,8 +270,6 @@ __device__ __forceinline__ void hold(float (&c)[N]) {
                    : "r"(a), "r"(b), "r"(add), "n"(int(kTransposed)));                        \
   }
 CONTACCUM_PRODUCT_OVERLOAD([32], "64", CONTACCUM_R0, "32", "33", "34", "35", CONTACCUM_C32(c, 0))
-CONTACCUM_PRODUCT_OVERLOAD([1][32], "64", CONTACCUM_R0, "32", "33", "34", "35",
-                           CONTACCUM_C32(c[0], 0))
 CONTACCUM_PRODUCT_OVERLOAD([2][32], "128", CONTACCUM_R0 ", " CONTACCUM_R32, "64", "65", "66", "67",
                            CONTACCUM_C32(c[0], 0), CONTACCUM_C32(c[1], 0))
 CONTACCUM_PRODUCT_OVERLOAD([3][32], "192", CONTACCUM_R0 ", " CONTACCUM_R32 ", " CONTACCUM_R64, "96",
@@ -281,6 +279,10 @@ CONTACCUM_PRODUCT_OVERLOAD([4][32], "256",
                            CONTACCUM_R0 ", " CONTACCUM_R32 ", " CONTACCUM_R64 ", " CONTACCUM_R96,
                            "128", "129", "130", "131", CONTACCUM_C32(c[0], 0),
                            CONTACCUM_C32(c[1], 0), CONTACCUM_C32(c[2], 0), CONTACCUM_C32(c[3], 0))
+template <class S, bool kTransposed>
+__device__ __forceinline__ void product(float (&c)[1][32], uint32_t a, uint32_t b, int add) {
+  product<S, kTransposed>(c[0], a, b, add);
+}
 #undef CONTACCUM_PRODUCT_OVERLOAD
 #undef CONTACCUM_C8
 #undef CONTACCUM_C32

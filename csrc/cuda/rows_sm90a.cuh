@@ -233,7 +233,7 @@ class BankedRowsHopper {
     for (int q = 0; q < T::kTiles; ++q)
 #pragma unroll
       for (int x = 0; x < 32; ++x) s[q][x] = 0;
-    hold_all(s);
+    hold(s);
     for (int i = 0; i < slices; ++i, ++done) {
       const int stage = done % T::kStages;
       barrier_wait(at(sh.full[stage]), done / T::kStages & 1);
@@ -250,12 +250,8 @@ class BankedRowsHopper {
       }
     }
     products_wait<0>();
-    hold_all(s);
+    hold(s);
     release(done - 1);
-  }
-  __device__ __forceinline__ static void hold_all(float (&s)[T::kTiles][32]) {
-#pragma unroll
-    for (int q = 0; q < T::kTiles; ++q) hold(s[q]);
   }
   __device__ __forceinline__ void release(int used) {
     __syncwarp();

@@ -38,7 +38,7 @@ class TileScores {
                   offsetof(HopperShared<T>, local) + T::kOperandBytes);
     uint32_t locals = first_operand;
     // Or the 24 descriptions behind it would be kept from tile to tile, where registers are scarce.
-    asm volatile("" : "+r"(locals));
+    hold(locals);
     const uint32_t bank = locals + (1 + i % T::kStages) * (T::kOperandBytes >> 4);
 #pragma unroll
     for (int c = 0; c < T::kColumns; ++c)

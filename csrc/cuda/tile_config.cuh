@@ -98,8 +98,8 @@ struct HopperTile {
 
 // Registers of a thread, by what its warpgroup does. Together 512: four times the 128 that 512
 // threads begin with. 96 sums and what adds two splits' want 128, the walk over tiles 48 to 56; the
-// 200 to 208 that are left are enough to score. Beside 128 sums scoring has 160 or 168, too few on
-// the query side, so that the walk makes do with 24 there.
+// 200 to 208 that are left are enough to score. Beside 128 sums 152 are; on the query side that is
+// too few, so that the walk makes do with 24 and leaves 168.
 template <class T, bool kQueries, bool kOffsets>
 struct HopperRegisters {
   static constexpr bool kManySums = T::kSums > 3;
