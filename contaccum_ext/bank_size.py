@@ -114,7 +114,6 @@ def width_warnings(capacity: int, update_size: int, drift: str) -> list[str]:
         drift: "none", "mean" or "transport".
     """
     updates = capacity / update_size
-    small = update_size < SMALL_UPDATE  # for which wide banks lost nothing where they were tried
     age = f"bank_size {capacity} keeps vectors up to {updates:.0f} updates old"
     if drift == "none" and updates > WIDEST_PLAIN_BANK_UPDATES:
         return [
@@ -127,7 +126,8 @@ def width_warnings(capacity: int, update_size: int, drift: str) -> list[str]:
             f"{age}: drift=transport has not been tried over so many updates; compare with a "
             f"bank_size of at most {WIDEST_TRANSPORTED_BANK_UPDATES * update_size}"
         ]
-    if drift == "transport" and updates > AUTO_FEW_UPDATES and not small:
+    # In small updates wide banks lost nothing where they were tried.
+    if drift == "transport" and updates > AUTO_FEW_UPDATES and update_size >= SMALL_UPDATE:
         return [
             f"{age}: with drift=transport such banks gained up to 0.04 NDCG@10 over one of an "
             f"update in long training, and lost up to 0.03 in short, slow or overfitting training "
@@ -139,7 +139,7 @@ def width_warnings(capacity: int, update_size: int, drift: str) -> list[str]:
             f"rest of the drift costs retrieval quality; set drift=transport, or bank_size to at "
             f"most {WIDEST_CORRECTED_BANK_UPDATES * update_size}, or lower learning_rate"
         ]
-    if drift == "mean" and updates > WIDEST_MEAN_UPDATES and not small:
+    if drift == "mean" and auto_drift(capacity, update_size) != "mean":
         return [
             f"{age}: drift=mean corrects the shift of the mean only; such banks lost up to 0.07 "
             f"NDCG@10 after 40 updates (docs/drift.md); set drift=auto, or bank_size to at most "
