@@ -30,11 +30,11 @@ import cuda_build
 KNOWN_SPILLS = Path(__file__).with_name("known_spills.txt")
 # (kernel, architecture), both as patterns.  A pattern that fits no kernel is an error.
 MUST_NOT_SPILL = [
-    # Hopper's query side (0), the same with offsets (1), passages (2) and those with offsets (3):
-    # all but 1, and passages without offsets alone where d is beyond 768.
-    ("attend_sm90a<*, (Side)[023], HopperTile<128, *>*", "sm_90a"),
-    ("attend_sm90a<*, (Side)[023], HopperTile<384, *>*", "sm_90a"),
-    ("attend_sm90a<*, (Side)2, *>*", "sm_90a"),
+    # Hopper's query side, without offsets (0) and with them (1), for d of up to 768; passages (2
+    # and 3) for all.
+    ("attend_sm90a<*, (Side)[01], HopperTile<128, *>*", "sm_90a"),
+    ("attend_sm90a<*, (Side)[01], HopperTile<384, *>*", "sm_90a"),
+    ("attend_sm90a<*, (Side)[23], *>*", "sm_90a"),
     # By slices of d that a warp owns and eights of local vectors: all but the widest of both.
     ("attend_mma<*, 6, 4>", "sm_90"),
     ("attend_mma<*, 3, *>", "sm_[89]0"),
