@@ -41,12 +41,12 @@ def measure_errors(peer: Peer, like: Case, device: str) -> Errors:
     Positives are no more alike than negatives: then every column has a part in the result.
 
     Args:
-        peer: on a case with d, m, dtype and drift as in `like`; only ours knows drift.
+        peer: on a case with d, m, dtype and corrections as in `like`, which only ours knows.
         like: its slots and n are left aside.
         device: of the peer; the oracle is on the CPU.
     """
-    drift = like.drift if peer.name == OURS.name else "none"
-    case = peer.case(Case(_SLOTS, _N, like.d, like.m, like.dtype, drift))
+    drift, over = (like.drift, like.center_over) if peer.name == OURS.name else ("none", None)
+    case = peer.case(Case(_SLOTS, _N, like.d, like.m, like.dtype, drift, over))
     stepper = peer.build(case, device)
     bank = reference.DualMemoryBank(_SLOTS, case.d, case.m, torch.float64, drift=drift)
     queries, passages = _unrelated(case, _SLOTS, 0, device)
@@ -55,7 +55,7 @@ def measure_errors(peer: Peer, like: Case, device: str) -> Errors:
     worst = Errors(0.0, 0.0, 0.0)
     for step in range(_STEPS):
         batch = _unrelated(case, _N, 2 * step + 2, device)
-        worst = worst.worse_of(_step_errors(stepper, bank, *batch))
+        worst = worst.worse_of(_step_errors(stepper, bank, *batch, over))
     return worst
 
 
@@ -66,11 +66,15 @@ def _unrelated(case: Case, count: int, seed: int, device: str) -> tuple[Tensor, 
 
 
 def _step_errors(
-    stepper: Stepper, bank: reference.DualMemoryBank, queries: Tensor, passages: Tensor
+    stepper: Stepper,
+    bank: reference.DualMemoryBank,
+    queries: Tensor,
+    passages: Tensor,
+    over: int | None,
 ) -> Errors:
     q = queries.double().cpu().requires_grad_()
     p = passages.double().cpu().requires_grad_()
-    loss = reference.contaccum_loss(q, p, bank, TEMPERATURE)
+    loss = reference.contaccum_loss(q, p, bank, TEMPERATURE, center_over=over)
     wanted = (loss, *torch.autograd.grad(loss, (q, p)))
     got = stepper.step(queries.requires_grad_(), passages.requires_grad_())
     errors = [

@@ -30,6 +30,12 @@ class Case:
     m: int = 1
     dtype: str = "fp32"
     drift: str = "none"
+    center_over: int | None = None  # of `contaccum_loss`
+
+    @property
+    def corrections(self) -> str:
+        """Of drift and of gradients, in words."""
+        return self.drift if self.center_over is None else f"{self.drift}, centered gradients"
 
     @property
     def torch_dtype(self) -> torch.dtype:

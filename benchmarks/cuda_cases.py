@@ -44,6 +44,8 @@ CASES = (
     NamedCase("D", _model(65536), 0.35),
     NamedCase("C-mean", _model(32768, drift="mean"), peers=(OURS,)),
     NamedCase("D-mean", _model(65536, drift="mean"), peers=(OURS,)),
+    NamedCase("C-all", _model(32768, drift="mean", center_over=16), peers=(OURS,)),
+    NamedCase("D-all", _model(65536, drift="mean", center_over=16), peers=(OURS,)),
     NamedCase("C-d384", _model(32768, d=384), peers=_WITHOUT_COMPILED),
     NamedCase("C-d1024", _model(32768, d=1024), peers=_WITHOUT_COMPILED),
     NamedCase("C-d4096", _model(32768, d=4096), peers=_WITHOUT_COMPILED),

@@ -192,7 +192,7 @@ class _Runner:
         rotations[one.peer.name] = rotation
 
     def _errors_of(self, peer: Peer, case: Case) -> Errors:
-        key = (peer.name, case.d, case.m, case.drift)
+        key = (peer.name, case.d, case.m, case.corrections)
         if key not in self._errors:
             self._errors[key] = measure_errors(peer, case, self._device.name)
         return self._errors[key]

@@ -84,7 +84,7 @@ def make_row(one: CudaMeasured, result: CudaResult) -> CudaRow:
         d=case.d,
         m=case.m,
         dtype=own.dtype,
-        drift=case.drift,
+        drift=case.corrections,
         banks_in_rotation=one.banks,
         steps=t.steps if t else None,
         ms_median=t.median * 1e3 if t else None,

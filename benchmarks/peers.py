@@ -62,6 +62,7 @@ class Ours:
         self.bank = ca.DualMemoryBank(
             case.slots, case.d, case.m, dtype=case.torch_dtype, device=device, drift=case.drift
         )
+        self.center_over = case.center_over
 
     @torch.no_grad()
     def fill(self, queries: Tensor, passages: Tensor) -> None:
@@ -72,7 +73,8 @@ class Ours:
 
     def loss(self, queries: Tensor, passages: Tensor) -> Tensor:
         """Loss with its graph, and enqueue."""
-        return ca.contaccum_loss(queries, passages, self.bank, TEMPERATURE)
+        over = self.center_over
+        return ca.contaccum_loss(queries, passages, self.bank, TEMPERATURE, center_over=over)
 
     def step(self, queries: Tensor, passages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         loss = self.loss(queries, passages)

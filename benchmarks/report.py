@@ -55,7 +55,10 @@ def make_row(one: Measured) -> Row:
     case, t, floor = one.case, one.timing, one.ceilings.floor(one.case)
     return Row(
         peer=one.peer.name,
-        **asdict(case),
+        **{
+            key: value for key, value in asdict(case).items() if key not in ("drift", "center_over")
+        },
+        drift=case.corrections,
         repetitions=t.repetitions if t else None,
         ms_median=t.median * 1e3 if t else None,
         ms_p20=t.p20 * 1e3 if t else None,

@@ -100,7 +100,7 @@ class DualMemoryBank(BankState):
     @torch.no_grad()
     def clear(self) -> None:
         """Forget every slot, the running means and whether passages have ids."""
-        for name in ("bank_queries", "bank_passages", "cursor", "row_state", "means"):
+        for name in ("bank_queries", "bank_passages", "cursor", "row_state", "means", "centering"):
             getattr(self, name).zero_()
         self.bank_ids.fill_(-1)
         for buffer in (self.block_lse, self.group_lse, *self.row_state):
@@ -114,6 +114,16 @@ class DualMemoryBank(BankState):
         self._manual_offsets = False
         if self.mirror is not None:
             self.mirror.clear()
+
+    @torch.no_grad()
+    def begin_update(self) -> None:
+        """Count batches anew for ``contaccum_loss(center_over=K)``.
+
+        Needed only where an update may have had fewer than K batches. Nothing waits for the device.
+        """
+        self.centering.zero_()
+        if self.mirror is not None:
+            self.mirror.centering.zero_()
 
     def __len__(self) -> int:
         """Filled slots F (reads the device)."""

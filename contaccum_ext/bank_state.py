@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from contaccum_ext.bank import DualMemoryBank
 
 DRIFT = ("none", "mean")
-_TABLE = ("block_lse", "group_lse", "row_state", "means", "expected")  # never narrower than float32
+# Never narrower than float32.
+_TABLE = ("block_lse", "group_lse", "row_state", "means", "expected", "centering")
 
 
 class BankState(nn.Module):
@@ -39,6 +40,7 @@ class BankState(nn.Module):
     row_state: Tensor  # (ROW_STATES, C)
     means: Tensor  # (2 + offset blocks, 1 + m, d)
     expected: Tensor  # (layout.expected_rows, C), with learn_temperature
+    centering: Tensor  # (2, d): gradients' sum that is still to be taken out; batches of the update
     _scale: float | None  # the scale that the table holds for
     _summed_window: int  # the window that row_state holds for
     _window: int | None
@@ -53,6 +55,7 @@ class BankState(nn.Module):
         if self.learn_temperature:
             rows = self.layout.expected_rows(self.capacity)
             shapes["expected"] = ((rows, self.capacity), accumulation_dtype(dtype))
+        shapes["centering"] = ((2, self.dim), accumulation_dtype(dtype))
         return shapes
 
     @property
@@ -179,6 +182,9 @@ class BankState(nn.Module):
         """Refuse the state of another bank before anything is copied."""
         if self._is_mirror:  # the bank itself loads both, or neither
             return
+        for part in (prefix, f"{prefix}mirror."):
+            if f"{part}bank_queries" in state_dict:  # saved before there was any centering: none
+                state_dict.setdefault(f"{part}centering", torch.zeros_like(self.centering))
         differences = self._differences(state_dict, prefix)
         errors += differences
         if differences:

@@ -25,6 +25,7 @@ class _Options(NamedTuple):
     weight_all_rows: bool
     banks: str
     enqueue: bool
+    center_over: int | None
 
 
 def contaccum_loss(
@@ -37,6 +38,7 @@ def contaccum_loss(
     enqueue: bool = True,
     banks: str = "both",
     symmetric: bool = False,
+    center_over: int | None = None,
 ) -> Tensor:
     """Contrastive loss of a micro-batch against two memory banks, then enqueue.
 
@@ -70,6 +72,12 @@ def contaccum_loss(
             masks; hard negatives have no part in it. Only with ``banks="both"``, and with a bank
             made with ``symmetric=True``, whose two halves must never get out of step: such a bank
             takes a batch from a symmetric loss alone.
+        center_over: None for the gradients of the loss, exactly; or K, the batches of an optimizer
+            update: passages' gradients then sum to zero over the update, as those of a loss without
+            a bank do over a batch. Their sum so far is taken out evenly over the batches that are
+            left, this one included; with 1 it is each batch's mean. Without a bank nothing has to
+            be. The value is the same. docs/drift.md says what it is good for;
+            ``bank.begin_update()`` is for updates of fewer batches than K.
 
     Returns:
         () float32, or float64 for a float64 bank.
@@ -102,7 +110,9 @@ def contaccum_loss(
             "filled through the bank itself"
         )
     columns = passages.unsqueeze(1) if passages.dim() == 2 else passages
-    options = _Options(scale, learned, row_weighting == "all", banks, enqueue)
+    if center_over is not None:
+        validation.count("center_over", center_over)
+    options = _Options(scale, learned, row_weighting == "all", banks, enqueue, center_over)
     if symmetric:
         arguments.check_symmetric(bank, banks)
     if symmetric or (bank is not None and bank.anticipate):
@@ -167,7 +177,10 @@ def _scored(batch, bank, options, decay) -> Tensor:
         rebuild,
     )
     if needs_grad or needs_scale_grad:
-        loss = _BankedLoss.apply(queries, columns, o.temperature, o.scale, given)
+        centering = None
+        if bank is not None and o.center_over is not None:
+            centering = (bank.centering, o.center_over, o.enqueue)
+        loss = _BankedLoss.apply(queries, columns, o.temperature, o.scale, given, centering)
     else:
         loss = ops.banked_loss_(*given)[0]
     if bank is not None:
@@ -186,6 +199,9 @@ def _both_directions(queries, columns, passage_ids, bank, options) -> Tensor:
     hard_negatives = columns[:, 1:] if columns.shape[1] > 1 else None
     mirror = None if bank is None else bank.mirror
     # The mirror first: all that it holds the bank can give back to it.
+    centering = None
+    if mirror is not None and options.center_over is not None:
+        centering = mirror.centering.clone()
     mirrored = _one_direction(
         columns[:, 0], queries.unsqueeze(1), ids, mirror, options, hard_negatives
     )
@@ -196,6 +212,8 @@ def _both_directions(queries, columns, passage_ids, bank, options) -> Tensor:
             loss = _one_direction(queries, columns, passage_ids, bank, options)
         except BaseException:
             bank.restore_mirror()
+            if centering is not None:
+                mirror.centering.copy_(centering)
             raise
     return (loss + mirrored) / 2
 
@@ -204,8 +222,10 @@ class _BankedLoss(torch.autograd.Function):
     """The op and its gradients, computed while the bank is as the loss saw it."""
 
     @staticmethod
-    def forward(ctx, queries, passages, temperature, scale, arguments):
+    def forward(ctx, queries, passages, temperature, scale, arguments, centering):
         loss, d_queries, d_passages, d_scale = ops.banked_loss_(*arguments)
+        if centering is not None:
+            ops.center_gradients_(d_passages, *centering)
         ctx.save_for_backward(d_queries, d_passages, d_scale)
         # Only for their dtype and to connect second derivatives to their error. Not saved: their
         # values are not used, so whoever changes them in place afterwards does no harm.
@@ -225,7 +245,7 @@ class _BankedLoss(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             inputs = [x for x in ctx.inputs if x is not None]
             scaled = tuple(g if g is None else _SecondDerivative.apply(g, *inputs) for g in scaled)
-        return (*scaled, None, None)  # autograd drops those that are not needed
+        return (*scaled, None, None, None)  # autograd drops those that are not needed
 
 
 class _SecondDerivative(torch.autograd.Function):

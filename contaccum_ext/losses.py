@@ -97,10 +97,12 @@ class ContAccumLoss(nn.Module):
             weight decay. Each call then waits for the device once.
         max_scale: what 1 / a learned temperature may not exceed.
         symmetric: mean of this loss and of that with positives as rows and queries as columns.
+        center_over: batches of an optimizer update, over which passages' gradients are to sum to
+            zero; None for the exact gradients of the loss. See `contaccum_loss`.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; for temperature
-            (unless learned) and row_weighting at the first call.
+            (unless learned), row_weighting and center_over at the first call.
 
     Source: ContAccum, arXiv 2406.12356, equations 5-9.
     """
@@ -121,8 +123,10 @@ class ContAccumLoss(nn.Module):
         learn_temperature: bool = False,
         max_scale: float = MAX_SCALE,
         symmetric: bool = False,
+        center_over: int | None = None,
     ) -> None:
         super().__init__()
+        self.center_over = center_over
         self.bank = DualMemoryBank(
             capacity,
             dim,
@@ -172,9 +176,11 @@ class ContAccumLoss(nn.Module):
             passage_ids,
             self.row_weighting,
             symmetric=self.bank.mirror is not None,
+            center_over=self.center_over,
         )
 
     def extra_repr(self) -> str:
         """Say what ``repr`` shows beside the bank."""
         options = f"temperature={self.temperature}, row_weighting={self.row_weighting!r}"
-        return options if self.bank.mirror is None else f"{options}, symmetric=True"
+        options += "" if self.bank.mirror is None else ", symmetric=True"
+        return options if self.center_over is None else f"{options}, center_over={self.center_over}"

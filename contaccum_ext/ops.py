@@ -21,6 +21,7 @@ ROW_LSE, BASE_LSE, FRESH_MAX, FRESH_SUM, OLD_LSE, POSITIVE = range(ROW_STATES)
 
 banked_loss_ = torch.ops.contaccum_ext.banked_loss_.default
 scaled_gradients = torch.ops.contaccum_ext.scaled_gradients.default
+center_gradients_ = torch.ops.contaccum_ext.center_gradients_.default
 
 
 def op_runs_on(device: torch.device) -> bool:
@@ -45,3 +46,8 @@ def _(queries, passages, passage_ids, companions, bank_queries, *rest):
 @torch.library.register_fake("contaccum_ext::scaled_gradients")
 def _(d_queries, d_passages, factor, like):
     return tuple(g.new_empty(g.shape, dtype=like.dtype) for g in (d_queries, d_passages))
+
+
+@torch.library.register_fake("contaccum_ext::center_gradients_")
+def _(gradients, state, over, keep):
+    return None

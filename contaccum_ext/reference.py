@@ -7,183 +7,15 @@ Everything the kernels do is defined here in a few readable lines, at quadratic 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from contaccum_ext.layout import BankLayout, accumulation_dtype
+from contaccum_ext.layout import accumulation_dtype
+from contaccum_ext.reference_bank import DualMemoryBank
 
 __all__ = ["DualMemoryBank", "contaccum_loss"]
-
-
-@dataclass
-class _Slot:
-    query: Tensor  # (d,)
-    passages: Tensor  # (m, d)
-    ids: Tensor  # (m,) int64, -1 where there is none
-    generation: tuple[int, int]  # lap around the ring, offset block: who shares a stored mean
-
-
-class DualMemoryBank:
-    """The bank as a list, oldest slot first: no ring, no table; nothing is checked.
-
-    Args:
-        capacity: slots C.
-        dim: embedding size d.
-        passages_per_query: m, the positive first.
-        dtype: what representations are rounded to on entry.
-        drift: "none" or "mean".
-        drift_decay: decay per micro-batch of the running means.
-        layout: offset_block slots share a mean; a window is rounded to whole blocks.
-        anticipate: a batch's own loss sees the means that it moves.
-
-    Source: ContAccum, arXiv 2406.12356, section 3.1; window and drift are this project's.
-    """
-
-    def __init__(
-        self,
-        capacity: int,
-        dim: int,
-        passages_per_query: int = 1,
-        dtype: torch.dtype = torch.float32,
-        drift: str = "none",
-        drift_decay: float = 0.9,
-        layout: BankLayout | None = None,
-        anticipate: bool = False,
-    ) -> None:
-        self.capacity, self.dim, self.passages_per_query = capacity, dim, passages_per_query
-        self.dtype, self.drift, self.drift_decay = dtype, drift, drift_decay
-        self.anticipate = anticipate
-        self.layout = layout or BankLayout.default(capacity)
-        self.window: int | None = None
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.slots: list[_Slot] = []
-        self.written = 0  # slots ever written, so written % capacity is the ring's write position
-        self.has_ids: bool | None = None
-        acc = accumulation_dtype(self.dtype)
-        self.mean = torch.zeros(1 + self.passages_per_query, self.dim, dtype=acc)
-        self.block_means: dict[tuple[int, int], tuple[int, Tensor]] = {}
-
-    def __len__(self) -> int:
-        return len(self.slots)
-
-    def queries(self) -> Tensor:
-        """(F, d), oldest first."""
-        return self._stack([slot.query for slot in self.slots], (self.dim,))
-
-    def passages(self) -> Tensor:
-        """(F, m, d), oldest first."""
-        shape = (self.passages_per_query, self.dim)
-        return self._stack([slot.passages for slot in self.slots], shape)
-
-    def passage_ids(self) -> Tensor:
-        """(F, m) int64."""
-        return self._stack([slot.ids for slot in self.slots], (self.passages_per_query,)).long()
-
-    def _stack(self, rows: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-        return torch.stack(rows) if rows else torch.zeros(0, *shape, dtype=self.dtype)
-
-    def _offsets(self) -> Tensor:
-        """(F, 1 + m, d): running mean now minus the mean stored with each slot's generation."""
-        then = [self.block_means[slot.generation][1] for slot in self.slots]
-        return self.mean - torch.stack(then) if then else self.mean.new_zeros(0, *self.mean.shape)
-
-    def query_offsets(self) -> Tensor:
-        """(F, d) added to banked queries where they meet local passages."""
-        return self._offsets()[:, 0]
-
-    def passage_offsets(self) -> Tensor:
-        """(F, m, d) added to banked passages where they meet local queries."""
-        return self._offsets()[:, 1:]
-
-    def set_offsets(self, query_offsets: Tensor, passage_offsets: Tensor) -> None:
-        """Give every generation of offset block b the offsets of row b.
-
-        Args:
-            query_offsets: (offset blocks, d) floating.
-            passage_offsets: (offset blocks, m, d) floating.
-        """
-        for (lap, block), (count, _) in self.block_means.items():
-            offset = torch.cat([query_offsets[block : block + 1], passage_offsets[block]])
-            self.block_means[lap, block] = (count, self.mean - offset.to(self.mean.dtype))
-
-    def ahead(self, queries: Tensor, passages: Tensor) -> Tensor:
-        """(1 + m, d): how far a batch moves the means before its own loss.
-
-        Args:
-            queries: (n, d) floating.
-            passages: (n, m, d) floating.
-        """
-        return self._move(queries, passages) if self.anticipate else torch.zeros_like(self.mean)
-
-    def _move(self, queries: Tensor, passages: Tensor) -> Tensor:
-        batch = torch.cat([queries[:, None], passages], 1).detach().to(self.dtype).to(self.mean)
-        return (1 - self.drift_decay * bool(self.slots)) * (batch.mean(0) - self.mean)
-
-    def transport(self, old: Tensor, new: Tensor, kind: str, ridge: float, normalize: bool) -> None:
-        """Move banked vectors as probes have moved; with drift="mean" about their running means.
-
-        Args:
-            old: (R, d) floating, probes before a step.
-            new: (R, d) the same probes after it.
-            kind: "queries" or "passages": what they are, and what is moved.
-            ridge: in units of the mean eigenvalue of the probes' Gram matrix.
-            normalize: bring moved vectors to length 1; with drift="mean" they are left as they are.
-        """
-        old, new = old.double(), new.double()
-        spread, moved = old - old.mean(0), new - old
-        gram = spread @ spread.T
-        strength = ridge * gram.trace() / len(old) * torch.eye(len(old), dtype=gram.dtype)
-        slope = spread.T @ torch.linalg.solve(gram + strength, moved - moved.mean(0))
-
-        def image(v: Tensor) -> Tensor:
-            return v.double() + moved.mean(0) + (v.double() - old.mean(0)) @ slope
-
-        part = slice(0, 1) if kind == "queries" else slice(1, None)
-        mean = image(self.mean[part])  # where the running mean is now
-        for slot in self.slots:
-            v = slot.query[None] if kind == "queries" else slot.passages
-            if self.drift == "mean":
-                rest = v.double() - self.block_means[slot.generation][1][part].double()
-                there = mean + rest + rest @ slope
-            else:
-                there = image(v) / (image(v).norm(dim=-1, keepdim=True) if normalize else 1)
-            if kind == "queries":
-                slot.query = there[0].to(self.dtype)
-            else:
-                slot.passages = there.to(self.dtype)
-        if self.drift == "mean" and self.slots:
-            for means in (self.mean, *(stored for _, stored in self.block_means.values())):
-                means[part] = mean.to(means.dtype)
-
-    def effective_window(self) -> int:
-        """Newest slots in use: the started block plus ceil(window / block) whole ones."""
-        head = self.written % self.capacity
-        return self.layout.effective_window(self.capacity, head, self.window)
-
-    def enqueue(self, queries: Tensor, passages: Tensor, passage_ids: Tensor | None = None) -> None:
-        """Append queries (n, d), passages (n, m, d) and passage_ids (n, m) int64, one by one."""
-        queries, passages = queries.detach().to(self.dtype), passages.detach().to(self.dtype)
-        if passages.dim() == 2:
-            passages = passages[:, None]
-        self.has_ids = passage_ids is not None
-        if passage_ids is None:
-            passage_ids = torch.full((len(queries), self.passages_per_query), -1, dtype=torch.int64)
-        if self.drift == "mean":
-            self.mean = self.mean + self._move(queries, passages)
-        for i in range(len(queries)):
-            lap, position = divmod(self.written, self.capacity)
-            generation = (lap, position // self.layout.offset_block)
-            count, mean = self.block_means.get(generation, (0, torch.zeros_like(self.mean)))
-            self.block_means[generation] = (count + 1, (count * mean + self.mean) / (count + 1))
-            self.slots.append(_Slot(queries[i], passages[i], passage_ids[i], generation))
-            self.written += 1
-        self.slots = self.slots[-self.capacity :]
 
 
 def _straight_through(x: Tensor, storage: torch.dtype, compute: torch.dtype) -> Tensor:
@@ -202,6 +34,7 @@ def contaccum_loss(
     enqueue: bool = True,
     banks: str = "both",
     symmetric: bool = False,
+    center_over: int | None = None,
     *,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -220,6 +53,7 @@ def contaccum_loss(
         enqueue: put the batch into the bank afterwards.
         banks: "both", "passages" or "queries": which banked vectors take part.
         symmetric: the mean with the loss of positives as rows and queries as columns.
+        center_over: batches of an update, over which gradients of a loss's columns sum to zero.
         compute_dtype: of all arithmetic; by default float64 for a float64 bank, else float32.
 
     Returns:
@@ -237,6 +71,12 @@ def contaccum_loss(
     scale = 1.0 / temperature
     q = _straight_through(queries, storage, compute)
     p = _straight_through(passages, storage, compute)
+    keep = enqueue and bank is not None and _all_finite(queries, passages, storage, scale)
+    given = [x for x in (queries, passages, temperature) if isinstance(x, Tensor)]
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    over = center_over if bank is not None and learns else None
+    if over is not None:  # also those that nobody asks for
+        q, p = (x if x.requires_grad else x.detach().requires_grad_() for x in (q, p))
 
     used = min(bank.effective_window(), len(bank)) if bank is not None else 0
     if used:
@@ -274,6 +114,8 @@ def contaccum_loss(
         per_row = per_row[:n]
     weights = n if row_weighting == "local" else len(per_row)
     loss = per_row.sum() / weights
+    if over is not None:
+        loss = _center(loss, p, bank.centering, over, keep)
     if symmetric:
         of_positives = plain[:, target].T  # rows: positives, columns: queries
         if passage_ids is not None:
@@ -281,14 +123,41 @@ def contaccum_loss(
             same = (own == own[:, None]) & (own != -1) & (rows != rows[:, None])
             of_positives = of_positives.masked_fill(same, -math.inf)
         per_row = torch.logsumexp(of_positives, 1) - of_positives.diagonal()
-        loss = (loss + per_row.sum() / weights) / 2
+        mirrored = per_row.sum() / weights
+        if over is not None:
+            mirrored = _center(mirrored, q, bank.mirror.centering, over, keep)
+        loss = (loss + mirrored) / 2
 
     if bank is not None and enqueue:
-        if _all_finite(queries, passages, storage, scale):
+        if keep:
             bank.enqueue(queries, passages, passage_ids)
         else:
             loss = loss * math.nan
     return loss.to(accumulation_dtype(storage))
+
+
+def _center(loss: Tensor, columns: Tensor, state: Tensor, over: int, keep: bool) -> Tensor:
+    """The same value; gradients of its columns sum to zero over `over` batches.
+
+    A row's loss does not change when all of its columns are moved alike, so that the gradients of
+    an in-batch loss sum to zero. Where the bank's columns cannot move those of the batch do not.
+    With 1 batch, and no offsets, it is the gradient of the loss whose banked columns go where the
+    batch's mean goes.
+
+    Args:
+        loss: () of one batch.
+        columns: (..., d) of it.
+        state: (2, d) what has not been taken out yet, and batches since the update began.
+        over: batches of an update.
+        keep: the batch is one of the update's.
+    """
+    (gradient,) = torch.autograd.grad(loss, columns, create_graph=True)
+    total = state[0] + gradient.detach().flatten(0, -2).sum(0).to(state)
+    taken = total / (over - state[1]).clamp(min=1)
+    if keep:
+        state.copy_(torch.stack([total - taken, (state[1] + 1) % over]))
+    each = taken.nan_to_num(nan=0.0) / columns[..., 0].numel()
+    return loss - ((columns - columns.detach()) * each.to(columns)).sum()
 
 
 def _all_finite(

@@ -169,6 +169,28 @@ Tensor scaled_cpu(const Tensor& gradient, const Tensor& factor, ScalarType dtype
   return dtype == ScalarType::Double ? multiply(double()) : multiply(float());
 }
 
+// As csrc/cuda/center.cu does it, one column of the sums after the other.
+template <class A>
+void center_cpu(const Centering& c) {
+  A* const gradients = static_cast<A*>(c.gradients);
+  A* const left = static_cast<A*>(c.state);
+  A* const batches = left + c.d;
+  std::vector<A> sums(c.d, A(0));
+  for (int64_t row = 0; row < c.rows; ++row)
+    for (int64_t k = 0; k < c.d; ++k) sums[k] += gradients[row * c.d + k];
+  for (int64_t k = 0; k < c.d; ++k) {
+    const A rest = batches[k] < A(c.over) ? A(c.over) - batches[k] : A(1);
+    const A total = left[k] + sums[k], taken = total / rest;
+    const bool finite = std::isfinite(total);  // if not, the batch was refused
+    sums[k] = finite ? taken / A(c.rows) : A(0);
+    if (!finite || !c.keep) continue;
+    left[k] = total - taken;
+    batches[k] = batches[k] + 1 < A(c.over) ? batches[k] + 1 : A(0);
+  }
+  for (int64_t row = 0; row < c.rows; ++row)
+    for (int64_t k = 0; k < c.d; ++k) gradients[row * c.d + k] -= sums[k];
+}
+
 #ifdef CONTACCUM_WITH_CUDA
 
 // The one symbol that only a CUDA build of torch has, so it cannot be linked against: the same
@@ -361,6 +383,33 @@ std::tuple<Tensor, Tensor> scaled_gradients(const Tensor& d_queries, const Tenso
   return {scaled_cpu(dq, by, dtype), scaled_cpu(dp, by, dtype)};
 }
 
+// The gradients of a batch's columns less their mean. Those of the loss itself do not sum to zero
+// where the bank's columns are constants.
+void center_gradients(const Tensor& gradients, const Tensor& state, int64_t over, bool keep) {
+  const ScalarType acc = gradients.scalar_type();
+  STD_TORCH_CHECK(acc == ScalarType::Float || acc == ScalarType::Double,
+                  "gradients: expected dtype float32 or float64, got ", dtype_text(acc));
+  check_rank("gradients", gradients, 3, "(n, m, d)");
+  const int64_t rows = gradients.size(0) * gradients.size(1), d = gradients.size(2);
+  STD_TORCH_CHECK(rows > 0 && gradients.is_contiguous(),
+                  "gradients: expected a contiguous tensor with rows, got shape ",
+                  shape_text(gradients));
+  check_buffer("state", state, {2, d}, acc, gradients);
+  STD_TORCH_CHECK(over >= 1, "over: expected at least 1, got ", over);
+  const Centering centering{
+      storage_of(acc), gradients.mutable_data_ptr(), state.mutable_data_ptr(), rows, d, over, keep};
+#ifdef CONTACCUM_WITH_CUDA
+  if (!gradients.is_cpu()) {
+    const int index = gradients.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(index);
+    const char* error = cuda_center(centering, current_stream(index));
+    STD_TORCH_CHECK(!error, "center_gradients_: CUDA error: ", error);
+    return;
+  }
+#endif
+  acc == ScalarType::Double ? center_cpu<double>(centering) : center_cpu<float>(centering);
+}
+
 }  // namespace
 
 void run_tasks(int64_t count, void (*task)(int64_t, const void*), const void* context) {
@@ -383,11 +432,13 @@ STABLE_TORCH_LIBRARY(contaccum_ext, m) {
   m.def(
       "scaled_gradients(Tensor d_queries, Tensor d_passages, Tensor factor, Tensor like) -> "
       "(Tensor, Tensor)");
+  m.def("center_gradients_(Tensor(a!) gradients, Tensor(b!) state, int over, bool keep) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(contaccum_ext, CPU, m) {
   m.impl("banked_loss_", TORCH_BOX(&contaccum::banked_loss));
   m.impl("scaled_gradients", TORCH_BOX(&contaccum::scaled_gradients));
+  m.impl("center_gradients_", TORCH_BOX(&contaccum::center_gradients));
 }
 
 #ifdef CONTACCUM_WITH_CUDA
@@ -399,6 +450,7 @@ extern "C" __attribute__((visibility("default"))) void contaccum_allow_kernels(u
 STABLE_TORCH_LIBRARY_IMPL(contaccum_ext, CUDA, m) {
   m.impl("banked_loss_", TORCH_BOX(&contaccum::banked_loss));
   m.impl("scaled_gradients", TORCH_BOX(&contaccum::scaled_gradients));
+  m.impl("center_gradients_", TORCH_BOX(&contaccum::center_gradients));
 }
 #endif
 

@@ -120,4 +120,15 @@ struct ScaledGradients {
   ScaledGradient queries, passages;
 };
 
+// Gradients of columns less their mean: what has come of it so far in an update, spread over the
+// batches that are left.
+struct Centering {
+  Storage storage;  // of gradients and state: f32 or f64
+  void* gradients;  // (rows, d) of one batch
+  void* state;      // (2, d): what has not been taken out yet; batches since the update began
+  int64_t rows, d;
+  int64_t over;  // batches of an update
+  bool keep;     // the batch is one of the update's: state goes on
+};
+
 }  // namespace contaccum

@@ -114,6 +114,7 @@ def steps(draw, capacity: int) -> Step:
         "row_weighting": draw(st.sampled_from(["local", "all"])),
         "enqueue": draw(st.sampled_from([True] * 7 + [False])),
         "banks": draw(st.sampled_from(["both", "both", "both", "passages", "queries"])),
+        "center_over": draw(st.sampled_from([None, None, None, 1, 4])),
     }
     return Step(kind, n, options=options)
 

@@ -84,6 +84,8 @@ def test_cases_are_those_that_have_targets_and_fit_the_peers_that_run_them():
     assert by_label["A"].graph_target_ms == 0.05
     assert by_label["E"].case == Case(1 << 20, 1024, 768, 1, "bf16")
     assert by_label["C-mean"].case == dataclasses.replace(by_label["C"].case, drift="mean")
+    every = dataclasses.replace(by_label["D-mean"].case, center_over=16)
+    assert by_label["D-all"].case == every and every.corrections == "mean, centered gradients"
     assert COMPILED not in by_label["C-d384"].peers and COMPILED in by_label["C"].peers
     assert [one.label for one in cuda_cases.find_cases(["C", "A"])] == ["A", "C"]
     with pytest.raises(ValueError, match=r"got Y,Z"):

@@ -77,7 +77,8 @@ class Trainer:
     ):
         torch.manual_seed(0)
         self.tower = nn.Linear(FEATURES, D, device=device)
-        kinds = kinds or {}
+        kinds = dict(kinds or {})
+        self.center_over = kinds.pop("center_over", None)
         self.bank = ca.DualMemoryBank(CAPACITY, D, M, device=device, drift=drift, **kinds)
         self.with_ids, self.device = with_ids, device
         self.generator = torch.Generator().manual_seed(1)
@@ -86,10 +87,8 @@ class Trainer:
             self.step = torch.compile(self.forward, backend=compile_with, fullgraph=True, **options)
 
     def forward(self, x, y, given):
-        both = self.bank.mirror is not None
-        return ca.contaccum_loss(
-            self.tower(x), self.tower(y), self.bank, 0.5, given, symmetric=both
-        )
+        options = {"symmetric": self.bank.mirror is not None, "center_over": self.center_over}
+        return ca.contaccum_loss(self.tower(x), self.tower(y), self.bank, 0.5, given, **options)
 
     def __call__(self, n=N):
         """Loss and gradients of the tower, then a step of SGD."""
@@ -134,11 +133,11 @@ def test_aot_eager_gives_the_same_bits(device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["learn_temperature", "symmetric"])
+@pytest.mark.parametrize("kind", ["learn_temperature", "symmetric", "center_over"])
 def test_banks_that_keep_more_compile_too(device, backend, kind):
-    """Whole graphs, with a number for the temperature."""
+    """Whole graphs, with a number for the temperature; the batches of an update are counted."""
     counter = CompileCounterWithBackend(backend)
-    options = {"with_ids": True, "kinds": {kind: True}}
+    options = {"with_ids": True, "kinds": {kind: 5 if kind == "center_over" else True}}
     eager, compiled = (Trainer(device, with_, **options) for with_ in (None, counter))
     for step in range(12):
         if step == 3:
@@ -147,6 +146,9 @@ def test_banks_that_keep_more_compile_too(device, backend, kind):
     assert 0 < warm == counter.frame_count
     for bank in (compiled.bank, compiled.bank.mirror or compiled.bank):
         assert len(bank) == CAPACITY
+    if kind == "center_over":
+        assert (compiled.bank.centering[1] == 12 % 5).all()
+        assert_close_steps([compiled.bank.centering], [eager.bank.centering])
     if kind == "symmetric":
         mirror = compiled.bank.mirror
         assert torch.equal(mirror.queries(), compiled.bank.passages()[:, 0])

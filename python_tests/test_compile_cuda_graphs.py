@@ -68,7 +68,13 @@ def both_ways(compiler):
     return lambda x, y: compiled(tower(x), tower(y))
 
 
-@pytest.mark.parametrize("step", [attribute, module, argument, loss_module, both_ways])
+def centered(compiler):
+    tower, loss = nn.Linear(FEATURES, D), ca.ContAccumLoss(CAPACITY, D, M, center_over=3)
+    compiled = torch.compile(loss, backend=compiler, fullgraph=True)
+    return lambda x, y: compiled(tower(x), tower(y))
+
+
+@pytest.mark.parametrize("step", [attribute, module, argument, loss_module, both_ways, centered])
 def test_the_compiler_knows_that_the_banks_buffers_stay_where_they_are(step):
     """What inductor asks of inputs that a CUDA graph mutates; it is decided before any device."""
     seen = []
@@ -85,7 +91,7 @@ def test_the_compiler_knows_that_the_banks_buffers_stay_where_they_are(step):
     forward = [(mutated, static) for mutated, static in seen if mutated]
     assert forward
     for mutated, static in forward:
-        assert len(mutated) == (16 if step is both_ways else 8) and mutated <= static
+        assert len(mutated) == {both_ways: 16, centered: 9}.get(step, 8) and mutated <= static
 
 
 @pytest.fixture
@@ -101,11 +107,12 @@ def replays(monkeypatch):
 
 @needs_cuda
 @needs_compiler
-@pytest.mark.parametrize("kind", ["plain", "symmetric", "learn_temperature"])
+@pytest.mark.parametrize("kind", ["plain", "symmetric", "learn_temperature", "center_over"])
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_training_steps_replay_a_graph(replays, with_ids, kind):
     """20 steps, more than two laps: as eager, without falling back and without compiling anew."""
-    options = {"with_ids": with_ids, "kinds": {} if kind == "plain" else {kind: True}}
+    kinds = {"plain": {}, "center_over": {"center_over": 4}}.get(kind, {kind: True})
+    options = {"with_ids": with_ids, "kinds": kinds}
     eager = Trainer("cuda", **options)
     compiled = Trainer("cuda", "inductor", **options, mode="reduce-overhead")
     warm = 5  # two compilations (the first call fills the table), then a warm-up, then a recording
@@ -120,6 +127,7 @@ def test_training_steps_replay_a_graph(replays, with_ids, kind):
         torch.testing.assert_close(a.queries(), b.queries())
         torch.testing.assert_close(a.passages(), b.passages())
         torch.testing.assert_close(a.means, b.means)
+        torch.testing.assert_close(a.centering, b.centering, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(a.table(), b.table(), rtol=1e-4, atol=1e-4)
     assert counters["inductor"]["cudagraph_skips"] == 0
     assert counters["stats"]["unique_graphs"] == graphs

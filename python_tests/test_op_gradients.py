@@ -194,11 +194,12 @@ def test_inputs_that_need_no_grad_give_a_loss_that_needs_none(device):
 def test_the_version_counters_show_the_mutation(device, enqueue):
     """A banked tensor saved for a backward is noticed when the op has overwritten it."""
     bank = filled_bank(device)
-    versions = [buffer._version for buffer in bank.buffers()]
+    buffers = [buffer for buffer in bank.buffers() if buffer is not bank.centering]
+    versions = [buffer._version for buffer in buffers]
     weight = torch.ones_like(bank.bank_queries, requires_grad=True)
     product = (bank.bank_queries * weight).sum()
     ca.contaccum_loss(*leaves(device), bank, enqueue=enqueue)
-    assert all(b._version > v for b, v in zip(bank.buffers(), versions, strict=True))
+    assert all(b._version > v for b, v in zip(buffers, versions, strict=True))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
 

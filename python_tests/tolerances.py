@@ -56,6 +56,13 @@ largest |score| (Cauchy-Schwarz), w the row weight.
   The last for the sum, in float64, rounded at the end; 3 u more for the product with the upstream
   factor and with -scale^2.
 
+- Centered gradients: what is taken from each of k = n m rows is (owed + sum of dp) / (left k): so
+  many batches are left in an update, and so much earlier ones have left. With E the error of owed,
+  dp's bound for each row, and a sum of k + 4 roundings, it is off by
+      (E + k dp's bound + g(k + 4) (|owed| + sum |dp|)) / (left k)
+  which is added to dp's bound, and E becomes (left - 1) / left of the parenthesis. In L2 all k d
+  numbers may be off by as much.
+
 In L2 the rows of dq are taken together (sqrt(n) times a row's bound), likewise the columns of dp,
 except that all of them share the mass R, and sqrt(R) for Q, since a row's sum is 1. That is sharper
 than what elementwise bounds imply. An error of relative size r in L2 turns a vector by an angle of

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from strategies import MAX_ID, TEMPERATURES, Setup, Step
@@ -23,6 +24,8 @@ class ExactBank(reference.DualMemoryBank):
     def clear(self) -> None:
         super().clear()
         self.mean = self.mean.double()
+        self.centering = self.centering.double()
+        self.mirror.centering = self.mirror.centering.double()
 
 
 def scratch_table(bank: ca.DualMemoryBank, written: int, scale: float) -> Tensor:
@@ -94,6 +97,7 @@ class Twins:
             None  # the scale of the last call: what the table holds for
         )
         self.norm = self.component = 0.0  # the largest of any vector or offset so far
+        self.owed = [0.0, 0.0]  # how far off the two halves' centering may be, elementwise
         self.generator = torch.Generator().manual_seed(setup.seed)
 
     def draw(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -108,7 +112,7 @@ class Twins:
 
     def draw_batch(self, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
         s = self.setup
-        self.largest_batch = max(self.largest_batch, n)
+        self.batch, self.largest_batch = n, max(self.largest_batch, n)
         q, p = self.draw(n, s.d), self.draw(n, s.m, s.d)
         if not s.ids:
             return q, p, None
@@ -160,6 +164,7 @@ class Twins:
         given = (ids if ids is None else ids.cpu(),)
         not_yet, double = {"enqueue": False}, {"compute_dtype": torch.float64}
         inputs = [self.oracle, taus[0], *given]
+        owed = self.oracle.centering.clone(), self.oracle.mirror.centering.clone()
         plain_loss = reference.contaccum_loss(*plain, *inputs, **{**options, **not_yet})
         inputs[1] = taus[1]
         one_way = {**options, "symmetric": False, **not_yet}
@@ -177,6 +182,9 @@ class Twins:
             for loss, inputs in zip((ours, plain_loss, exact_loss), wanted, strict=True)
         )
         one_way_grads = torch.autograd.grad(first, exact)
+        if options.get("center_over") is not None:
+            sums = [x.abs().sum().item() for x in exact_grads[:2]]
+            tol = self.centered(tol, options, sums, owed)
         # In the other direction queries are columns and positives are rows.
         both = max(tol.dq, tol.dp), max(tol.dq_l2, tol.dp_l2)
         allowed = [both, both] if s.symmetric else [(tol.dq, tol.dq_l2), (tol.dp, tol.dp_l2)]
@@ -190,6 +198,38 @@ class Twins:
             pair = (plain_grads[2], exact_grads[2])
             assert_scalar("d_temperature", grads[2].cpu(), *pair, tol.temperature)
         self.table_scale = 1 / self.tau
+
+    def centered(
+        self, tol: Bounds, options: dict, sums: list[float], before: tuple[Tensor, Tensor]
+    ) -> Bounds:
+        """Bounds of gradients less a mean: what the mean's own errors add; see tolerances.py.
+
+        Args:
+            tol: of the gradients as they are.
+            options: of the loss.
+            sums: of the magnitudes of centered gradients, of queries and of passages.
+            before: the oracle's state of both halves before this batch.
+        """
+        s, u = self.setup, torch.finfo(accumulation_dtype(self.setup.bank_dtype)).eps / 2
+        after = self.oracle.centering, self.oracle.mirror.centering
+        error = [0.0, 0.0]
+        for half in (0, 1) if s.symmetric else (0,):
+            rows = self.batch * (1 if half else s.m)
+            counted = before[half][1].max().item()
+            left = max(1.0, options["center_over"] - counted)
+            states = before[half][0].abs().max() + after[half][0].abs().max()
+            summed = 2 * (sums[0 if half else 1] + rows * states.item())
+            each = max(tol.dq, tol.dp) if s.symmetric else tol.dp
+            total = self.owed[half] + rows * each + 6 * math.sqrt(rows + 4) * u * summed
+            error[half] = total / left / rows
+            if options.get("enqueue", True):
+                self.owed[half] = total * (1 - 1 / left) + u * states.item()
+        mean = max(error)
+        norm = mean * math.sqrt(self.batch * s.m * s.d)
+        more = {"dp": tol.dp + mean, "dp_l2": tol.dp_l2 + norm}
+        if s.symmetric:
+            more |= {"dq": tol.dq + mean, "dq_l2": tol.dq_l2 + norm}
+        return replace(tol, **more)
 
     def enqueue(self, step: Step) -> None:
         q, p, ids = self.draw_batch(step.n)
@@ -225,7 +265,7 @@ class Twins:
     def clear(self, step: Step) -> None:
         self.bank.clear()
         self.oracle.clear()
-        self.table_scale = None
+        self.table_scale, self.owed = None, [0.0, 0.0]
 
     def check_bank(self) -> None:
         """Contents to the bit, the window, the offsets and Invariant T."""

@@ -39,7 +39,8 @@ class History:
     temperature: float = 0.1
     rebuild: bool = False
     empty: bool = False  # to begin with
-    both: bool = False  # a temperature that is learned, and the loss in both directions
+    # A temperature that is learned, the loss in both directions, and centered gradients.
+    both: bool = False
 
 
 HISTORIES = {
@@ -112,7 +113,8 @@ def run(name: str, case: History) -> None:
         temperature: float | torch.Tensor = case.temperature
         if case.both:
             temperature = torch.tensor(temperature, device="cuda", requires_grad=True)
-        loss = ca.contaccum_loss(queries, passages, bank, temperature, ids, symmetric=case.both)
+        options = {"symmetric": case.both, "center_over": 2 if case.both else None}
+        loss = ca.contaccum_loss(queries, passages, bank, temperature, ids, **options)
         loss.backward()
         if not torch.isfinite(loss):
             raise SystemExit(f"{name}: loss {loss.item()}")

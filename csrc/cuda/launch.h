@@ -45,6 +45,9 @@ const char* cuda_step(const CudaStep& step, void* scratch, void* stream);
 // Enqueue the one kernel that scales both gradients. Returns null, or CUDA's message.
 const char* cuda_scale(const ScaledGradients& gradients, void* stream);
 
+// Enqueue the one kernel that centers gradients. Returns null, or CUDA's message.
+const char* cuda_center(const Centering& centering, void* stream);
+
 // Returns null, or CUDA's message.
 const char* cuda_device(int index, CudaDevice* device);
 
