@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-# An automatic bank has so many updates: with the mean's shift, two lost to a plain bank of one in
-# no setting that was tried (docs/drift.md). With few batches in an update that was not measured;
-# four, followed by probes, were. Where an update has few queries, encoding probes after it costs
-# more than they gain.
-AUTO_UPDATES = 2
-AUTO_FEW_UPDATES = 4
+# An automatic bank has so many updates: with probes and centered gradients four gained on a plain
+# bank of one in every setting that was tried (docs/drift.md). Where an update has few queries,
+# encoding probes after it costs more than they gain.
+AUTO_UPDATES = 4
 AUTO_SMALL_UPDATES = 8
+# Epochs in which more than that takes part: where training goes on and overfits, more negatives
+# overfit more. Where the gradient shrinks with every slot, more than that loses at once.
+WIDE_EPOCHS = 3
 FEW_BATCHES = 8  # micro-batches; an update with fewer has few
 SMALL_UPDATE = 64  # queries; an update with fewer is small
 WIDEST_MEAN_UPDATES = 2  # of automatic drift correction; eight of small updates
@@ -24,24 +25,16 @@ WIDEST_PLAIN_BANK_UPDATES = 2
 WIDEST_TRANSPORTED_BANK_UPDATES = 128
 
 
-def auto_bank_size(
-    update_size: int, training_queries: int | None = None, micro_batches: int | None = None
-) -> int:
-    """Slots of an automatic bank: two updates' worth, at most a slot a query.
+def auto_bank_size(update_size: int, training_queries: int | None = None) -> int:
+    """Slots of an automatic bank: four updates' worth, at most a slot a query.
 
-    Four where an update has fewer than eight micro-batches, eight where it has fewer than 64
-    queries.
+    Eight where an update has fewer than 64 queries.
 
     Args:
         update_size: examples per optimizer update, n * K.
         training_queries: size of the training set; None if unknown.
-        micro_batches: (count) scored against the bank in an update, K; None if unknown: few.
     """
-    updates = AUTO_UPDATES
-    if update_size < SMALL_UPDATE:
-        updates = AUTO_SMALL_UPDATES
-    elif has_few_batches(micro_batches):
-        updates = AUTO_FEW_UPDATES
+    updates = AUTO_SMALL_UPDATES if update_size < SMALL_UPDATE else AUTO_UPDATES
     slots = updates * update_size
     return slots if training_queries is None else min(slots, training_queries)
 
@@ -105,13 +98,42 @@ def auto_drift(capacity: int, update_size: int) -> str:
     return "mean" if capacity <= widest * update_size else "transport"
 
 
-def width_warnings(capacity: int, update_size: int, drift: str) -> list[str]:
+def centers_gradients(drift: str, capacity: int, update_size: int) -> bool:
+    """Whether centered gradients suit a bank, as `contaccum_loss(center_over=K)` gives them.
+
+    They keep a model from moving all new vectors away from old ones. Where old ones can be told in
+    other ways too, it then learns these: banks of eight updates with the mean's shift alone, or
+    without any correction, lose more by them (docs/drift.md).
+
+    Args:
+        drift: "none", "mean" or "transport".
+        capacity: slots of the bank.
+        update_size: examples per optimizer update, n * K.
+    """
+    widest = {"none": 1, "mean": WIDEST_MEAN_UPDATES}
+    return drift == "transport" or capacity <= widest[drift] * update_size
+
+
+def auto_wide_epochs(drift: str, row_weighting: str) -> int | None:
+    """Epochs in which a bank beyond the automatic size is used whole; None: in all.
+
+    Args:
+        drift: "none", "mean" or "transport"; only with the last there is a limit.
+        row_weighting: "local", or "all" for row weights of 1/(n + F).
+    """
+    if drift != "transport":
+        return None
+    return WIDE_EPOCHS if row_weighting == "local" else 0
+
+
+def width_warnings(capacity: int, update_size: int, drift: str, *, centered: bool) -> list[str]:
     """What to expect of a bank that is wider than what is safe everywhere, in words.
 
     Args:
         capacity: slots of the bank.
         update_size: examples per optimizer update, n * K.
         drift: "none", "mean" or "transport".
+        centered: gradients are centered.
     """
     updates = capacity / update_size
     age = f"bank_size {capacity} keeps vectors up to {updates:.0f} updates old"
@@ -127,11 +149,12 @@ def width_warnings(capacity: int, update_size: int, drift: str) -> list[str]:
             f"bank_size of at most {WIDEST_TRANSPORTED_BANK_UPDATES * update_size}"
         ]
     # In small updates wide banks lost nothing where they were tried.
-    if drift == "transport" and updates > AUTO_FEW_UPDATES and update_size >= SMALL_UPDATE:
+    wide = updates > AUTO_UPDATES and update_size >= SMALL_UPDATE
+    if drift == "transport" and wide and not centered:
         return [
-            f"{age}: with drift=transport such banks gained up to 0.04 NDCG@10 over one of an "
-            f"update in long training, and lost up to 0.03 in short, slow or overfitting training "
-            f"(docs/drift.md); bank_size=auto lost nothing"
+            f"{age}: without centered gradients such banks gained up to 0.04 NDCG@10 over one of "
+            f"an update in long training, and lost up to 0.03 in short, slow or overfitting "
+            f"training (docs/drift.md); set center_gradients, or bank_size=auto"
         ]
     if drift == "mean" and updates > WIDEST_CORRECTED_BANK_UPDATES:
         return [

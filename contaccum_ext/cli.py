@@ -41,7 +41,7 @@ class _CommandParser(argparse.ArgumentParser):
             values = "\n".join(f"  {key}={value}" for key, value in SCRATCH_SETTINGS.items())
             self.description = f"{DEMO_HELP}\n{values}\n"
         if self.lists_settings:
-            from contaccum_ext.training.config import field_help
+            from contaccum_ext.training.config_text import field_help
 
             settings = "\n".join(f"  {line}" for line in field_help())
             self.epilog = f"{METHODS_HELP}\nsettings of --config and --set:\n{settings}\n"

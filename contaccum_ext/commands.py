@@ -34,7 +34,7 @@ from contaccum_ext.training import (
 )
 from contaccum_ext.training.checkpoint import standing
 from contaccum_ext.training.comparison import compare, dense_run
-from contaccum_ext.training.config import parse_assignments, read_yaml
+from contaccum_ext.training.config_text import parse_assignments, read_yaml
 from contaccum_ext.training.encoder import load_tokenizer
 from contaccum_ext.training.run_directory import (
     load_resumable,

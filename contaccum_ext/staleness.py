@@ -25,6 +25,9 @@ class SlotStaleness:
         bank: moved by someone else, with `transport`.
         limit: staleness in use, in spreads of fresh vectors; None sets no window.
 
+    Attributes:
+        widest: newest slots that may be in use, however fresh the others are; None for all.
+
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
@@ -32,6 +35,7 @@ class SlotStaleness:
     def __init__(self, bank: DualMemoryBank, limit: float | None = None) -> None:
         self.bank = bank
         self.limit = None if limit is None else validation.positive("limit", limit)
+        self.widest: int | None = None
         self._newest: Tensor | None = None  # (d,) query before the head, None for an empty bank
         self._head = 0
         self._written: list[int] = []  # slots, by moves, the last first; never 0
@@ -58,9 +62,11 @@ class SlotStaleness:
         """
         self._stale = [stale + error for stale in self._stale]
         self._mark()
-        if self.limit is None:
+        if self.limit is None and self.widest is None:
             return
         bank, most = self.bank, self.within_limit()
+        if self.widest is not None:
+            most = min(most or self.widest, self.widest)
         if most is None:
             bank.window = None
         else:

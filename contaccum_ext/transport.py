@@ -256,6 +256,15 @@ class BankTransport:
         return self._last is not None
 
     @property
+    def widest(self) -> int | None:
+        """Newest slots that may be in use from the next step on; None for all. May be set."""
+        return self._slots.widest
+
+    @widest.setter
+    def widest(self, slots: int | None) -> None:
+        self._slots.widest = None if slots is None else validation.count("widest", slots)
+
+    @property
     def staleness(self) -> float:
         """Of the oldest slot in use, in spreads of fresh vectors; 0 before the first step."""
         return self._slots.staleness

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from contaccum_ext.training.config import field_help
+from contaccum_ext.training.config_text import field_help
 
 ROOT = Path(__file__).resolve().parent.parent
 SENTENCE_TRANSFORMERS = "contaccum_ext.integrations.sentence_transformers"

@@ -8,7 +8,7 @@ import pytest
 from tiny_retriever import tiny_dataset
 
 from contaccum_ext.training import TrainConfig
-from contaccum_ext.training.config import read_yaml
+from contaccum_ext.training.config_text import read_yaml
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -39,6 +39,6 @@ def test_sentence_transformers_one_line_runs(capsys, monkeypatch, tmp_path):
 
 def test_settings_are_read_and_are_the_defaults_they_claim():
     config = TrainConfig.from_mapping(read_yaml(EXAMPLES / "settings.yaml"))
-    assert config.bank_capacity(10**6) == 256
+    assert config.bank_capacity(10**6) == 512
     assert config.learning_rate == pytest.approx(5e-5)
     assert config.update_size == 128

@@ -9,7 +9,7 @@ import pytest
 
 from contaccum_ext.cli import main
 from contaccum_ext.training import TrainConfig
-from contaccum_ext.training.config import read_yaml
+from contaccum_ext.training.config_text import read_yaml
 
 PAPER = Path(__file__).resolve().parent.parent / "examples" / "paper"
 SLOTS = {"nq": 2048, "triviaqa": 512, "webq": 128, "trec": 128, "msmarco": 1024}

@@ -91,7 +91,10 @@ def test_updates_of_few_batches_have_means_that_anticipate(model, kind, micro_ba
     for first in (0, 7, 14, 21):
         got = step(loss, batch(model, 7, 1, first))
         columns = embed(model, batch(model, 7, 1, first))
-        value, other = (oracle(banks[a], columns, None, a) for a in (anticipates, not anticipates))
+        centering = {"center_over": micro_batches if micro_batches > 1 else None}
+        value, other = (
+            oracle(banks[a], columns, None, a, **centering) for a in (anticipates, not anticipates)
+        )
         value.backward()
         assert_same(got, (value.detach(), gradients(model)))
         assert first == 0 or abs(value - other) > 1e-6 * value
@@ -261,8 +264,8 @@ def test_an_automatic_bank_has_1024_slots_as_long_as_nobody_knows_the_update(mod
     for update, rows_seen, batches, slots in (
         (64, None, None, 4 * 64),
         (64, None, 7, 4 * 64),
-        (64, None, 8, 2 * 64),
-        (64, 300, 8, 2 * 64),
+        (64, None, 8, 4 * 64),
+        (64, 300, 8, 4 * 64),
         (64, 100, 8, 100),
         (63, None, 8, 8 * 63),
         (16, 200, None, 8 * 16),
@@ -271,3 +274,41 @@ def test_an_automatic_bank_has_1024_slots_as_long_as_nobody_knows_the_update(mod
         loss.memory.begin_run(update, rows_seen, batches)
         assert loss.memory.capacity == slots
     assert loss.memory.filled() == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "run", "over"),
+    [
+        ({}, None, 1),  # by probes, and nobody says how many batches make an update
+        ({"drift": "mean"}, None, None),
+        ({"center_gradients": True, "drift": "none"}, None, 1),
+        ({}, (128, None, 16), 16),
+        ({}, (32, None, 4), None),  # small updates: mean, eight updates
+        ({"bank_size": 256}, (128, None, 16), 16),  # mean, two
+        ({"bank_size": 4096}, (128, None, 16), 16),
+        ({"bank_size": 4096, "drift": "mean"}, (128, None, 16), None),
+        ({"bank_size": 128, "drift": "none"}, (128, None, 1), 1),
+        ({"center_gradients": False}, (128, None, 16), None),
+    ],
+)
+def test_gradients_are_centered_over_the_batches_of_an_update(model, options, run, over):
+    memory = ContAccumLoss(model, **options).memory
+    if run is not None:
+        memory.begin_run(*run)
+    assert memory.center_over == over
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"center_gradients": "yes"}, TypeError),
+        ({"center_gradients": 1}, TypeError),
+        ({"wide_epochs": -1}, ValueError),
+        ({"wide_epochs": True}, ValueError),
+        ({"wide_epochs": "all"}, ValueError),
+    ],
+)
+def test_wrong_settings_of_centering_are_refused(model, options, kind):
+    (name,) = options
+    with pytest.raises(kind, match=f"{name}: expected 'auto'"):
+        ContAccumLoss(model, **options)

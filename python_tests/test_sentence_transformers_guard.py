@@ -83,6 +83,27 @@ def test_slots_beyond_the_limit_are_left_out_of_the_loss(model, kind):
         torch.testing.assert_close(*losses, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("drift", ["transport", "mean"])
+def test_a_large_bank_is_used_in_part_from_an_epoch_on(start, tmp_path, drift):
+    """An epoch of 40 rows is 5 updates of 8; an automatic bank has 8 updates of them, here 64."""
+
+    def make(m):
+        chosen = {"drift": drift, "drift_probes": 8, "drift_limit": None}
+        return ContAccumLoss(m, bank_size=200, wide_epochs=2, **chosen)
+
+    options = {"num_train_epochs": 6, "max_steps": -1, "save_strategy": "no", "logging_steps": 1}
+    run = trainer(start, tmp_path, make, data=dataset(40), **options)
+    run.train()
+    lines = [line for line in run.state.log_history if "bank_filled" in line]
+    assert len(lines) == 30
+    used = [memory(run).banks["16x1"].used]
+    if drift == "transport":
+        used = [line["bank_window"] for line in lines]
+        assert used[:10] == [8 * update for update in range(1, 11)]
+    assert used[-1] <= 64 if drift == "transport" else 64 <= used[-1] < 200
+    assert lines[-1]["bank_filled"] == 200
+
+
 def test_each_size_of_embedding_has_a_window_of_its_own(model):
     loss = MatryoshkaLoss(model, make("plain", model, bank_size=200, drift_limit=1e-9), [16, 4])
     for first in (0, 12, 24):

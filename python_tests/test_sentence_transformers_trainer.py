@@ -87,14 +87,14 @@ def test_banks_outlive_the_optimizer_step_and_count_slots(start, tmp_path):
 @pytest.mark.parametrize(
     ("count", "callback", "accumulation", "capacity"),
     [
-        (300, True, 16, 2 * BATCH * 16),
+        (300, True, 16, 4 * BATCH * 16),
         (100, True, 16, 100),
         (200, True, 2, 8 * BATCH * 2),  # where updates are small
         (40, True, 2, 40),
         (40, False, 2, 1024),
     ],
 )
-def test_an_automatic_bank_is_two_updates_or_eight_at_most_the_training_set(
+def test_an_automatic_bank_is_four_updates_or_eight_at_most_the_training_set(
     start, tmp_path, count, callback, accumulation, capacity
 ):
     options = {
@@ -155,7 +155,7 @@ def test_banks_too_wide_are_warned_of_in_words(start, tmp_path, caplog):
     [
         (16, 2, "mean"),
         (16, 3, "transport"),
-        (16, "auto", "mean"),
+        (16, "auto", "transport"),
         (2, 8, "mean"),
         (2, 9, "transport"),
         (2, "auto", "mean"),

@@ -75,8 +75,9 @@ def test_a_smaller_last_micro_batch_weighs_by_its_examples(start, tmp_path):
 
 @pytest.mark.parametrize(("method", "banks"), [("contaccum", "both"), ("prebatch", "passages")])
 @pytest.mark.parametrize("row_weighting", ["local", "all"])
+@pytest.mark.parametrize("center", ["auto", False])
 def test_bank_methods_are_the_reference_over_the_micro_batches(
-    start, tmp_path, method, banks, row_weighting
+    start, tmp_path, method, banks, row_weighting, center
 ):
     trainer, batches, losses, found = first_update(
         start,
@@ -85,6 +86,7 @@ def test_bank_methods_are_the_reference_over_the_micro_batches(
         accumulation_steps=4,
         bank_size=8,
         row_weighting=row_weighting,
+        center_gradients=center,
         temperature=0.2,
     )
     bank = reference.DualMemoryBank(
@@ -101,6 +103,7 @@ def test_bank_methods_are_the_reference_over_the_micro_batches(
             passage_ids=batch.passage_ids,
             row_weighting=row_weighting,
             banks=banks,
+            center_over=4 if center else None,
         )
     (total / 4).backward()
     assert losses.loss == pytest.approx(total.item() / 4, rel=1e-4)

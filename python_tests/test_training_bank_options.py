@@ -12,7 +12,13 @@ from contaccum_ext import BankLayout, DualMemoryBank, contaccum_loss, reference,
 from contaccum_ext.training import ConfigError, TrainConfig
 from contaccum_ext.training.positive_bank import positive_bank_loss
 
-SETTINGS = {"accumulation_steps": 3, "bank_size": 16, "temperature": 0.2, "drift": "none"}
+SETTINGS = {
+    "accumulation_steps": 3,
+    "bank_size": 16,
+    "temperature": 0.2,
+    "drift": "none",
+    "center_gradients": False,
+}
 
 
 def run_update(trainer, update: int):

@@ -9,7 +9,7 @@ import pytest
 from contaccum_ext.bank_size import mean_decay
 from contaccum_ext.training import METHODS, ConfigError, TrainConfig
 from contaccum_ext.training.bank_width import bank_warnings
-from contaccum_ext.training.config import (
+from contaccum_ext.training.config_text import (
     field_help,
     parse_assignments,
     read_yaml,
@@ -106,32 +106,64 @@ def test_yaml_file_that_is_missing_or_empty(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "queries", "batches", "capacity"),
+    ("settings", "queries", "capacity"),
     [
-        ({}, 100_000, None, 2 * 128),
-        ({}, 100_000, 16, 2 * 128),
-        ({}, 100_000, 1, 4 * 128),  # scored at once
-        ({"accumulation_steps": 8}, 100_000, None, 2 * 64),
-        ({"accumulation_steps": 7}, 100_000, None, 8 * 56),
-        ({"accumulation_steps": 7, "local_batch_size": 16}, 100_000, None, 4 * 112),
-        ({"accumulation_steps": 4}, 100_000, None, 8 * 32),
-        ({}, 200, None, 200),
-        ({"bank_size": 4096}, 500, None, 4096),
+        ({}, 100_000, 4 * 128),
+        ({"accumulation_steps": 8}, 100_000, 4 * 64),
+        ({"accumulation_steps": 7}, 100_000, 8 * 56),
+        ({"accumulation_steps": 7, "local_batch_size": 16}, 100_000, 4 * 112),
+        ({"accumulation_steps": 4}, 100_000, 8 * 32),
+        ({}, 200, 200),
+        ({"bank_size": 4096}, 500, 4096),
     ],
 )
-def test_automatic_bank_is_some_updates_and_at_most_the_training_set(
-    settings, queries, batches, capacity
-):
-    assert TrainConfig(**settings).bank_capacity(queries, batches) == capacity
+def test_automatic_bank_is_some_updates_and_at_most_the_training_set(settings, queries, capacity):
+    assert TrainConfig(**settings).bank_capacity(queries) == capacity
+
+
+@pytest.mark.parametrize(
+    ("settings", "capacity", "centers"),
+    [
+        ({}, 10**6, True),  # with probes
+        ({"drift": "transport"}, 128, True),
+        ({"drift": "mean"}, 2 * 128, True),
+        ({"drift": "mean"}, 2 * 128 + 1, False),
+        ({"drift": "none"}, 128, True),
+        ({"drift": "none"}, 128 + 1, False),
+        ({"accumulation_steps": 4}, 8 * 32, False),  # mean, where updates are small
+        ({"accumulation_steps": 4}, 2 * 32, True),
+        ({"drift": "none", "clear_bank_every_update": True}, 10**6, True),
+        ({"drift": "mean", "center_gradients": True}, 10**6, True),
+        ({"center_gradients": False}, 128, False),
+    ],
+)
+def test_gradients_are_centered_where_nothing_else_tells_old_from_new(settings, capacity, centers):
+    assert TrainConfig(**settings).centers_for(capacity) is centers
+
+
+@pytest.mark.parametrize(
+    ("settings", "capacity", "epochs"),
+    [
+        ({}, 4096, 3),
+        ({"row_weighting": "all"}, 4096, 0),
+        ({"drift": "mean", "row_weighting": "all"}, 4096, None),
+        ({"drift": "none"}, 4096, None),
+        ({"wide_epochs": 0}, 4096, 0),
+        ({"drift": "mean", "wide_epochs": 5}, 256, 5),
+    ],
+)
+def test_a_large_bank_is_whole_for_some_epochs(settings, capacity, epochs):
+    assert TrainConfig(**settings).wide_epochs_for(capacity) == epochs
 
 
 @pytest.mark.parametrize(
     ("settings", "capacity", "says"),
     [
-        ({}, 4 * 128, None),
-        ({}, 4 * 128 + 1, "lost up to 0.03 in short, slow or overfitting training"),
-        ({}, 128 * 128, "bank_size=auto lost nothing"),
+        ({}, 128 * 128, None),
         ({}, 128 * 128 + 1, "has not been tried over so many updates"),
+        ({"center_gradients": False}, 4 * 128, None),
+        ({"center_gradients": False}, 4 * 128 + 1, "short, slow or overfitting training"),
+        ({"row_weighting": "all"}, 128 * 128, None),
         ({"accumulation_steps": 4}, 128 * 32, None),
         ({"accumulation_steps": 4}, 128 * 32 + 1, "has not been tried over so many updates"),
         ({"drift": "mean"}, 2 * 128, None),

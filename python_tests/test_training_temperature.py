@@ -47,6 +47,7 @@ def test_it_gets_the_gradient_of_the_whole_update_once(
         found, of_temperature = gradients(trainer.model), parameter(trainer).grad.clone()
 
         trainer.optimizer.zero_grad(set_to_none=True)
+        bank.begin_update()
         groups = [batches] if at_once else [[batch] for batch in batches]
         examples = sum(batch.size for batch in batches)
         scale = parameter(trainer).detach().clone().requires_grad_()
@@ -62,6 +63,7 @@ def test_it_gets_the_gradient_of_the_whole_update_once(
                 ids,
                 banks=trainer.method.banks(trainer.config) or "both",
                 symmetric=symmetric,
+                center_over=len(groups),
             )
             total = total + len(queries) / examples * loss
         (factor * total).backward()

@@ -52,6 +52,21 @@ def test_the_bank_is_moved_as_the_probes_have_been_by_the_step(two_towers, tmp_p
     assert not torch.equal(before[0], now[0])
 
 
+@pytest.mark.parametrize("drift", ["transport", "mean"])
+def test_a_large_bank_is_used_in_part_from_an_epoch_on(two_towers, tmp_path, drift):
+    """An automatic bank has 8 updates of 4 queries here, and an epoch 10 of them."""
+    settings = {"local_batch_size": 2, "accumulation_steps": 2, "bank_size": 200, "drift": drift}
+    settings |= {"wide_epochs": 2, "epochs": 3, "drift_limit": 1e9}
+    trainer = make_trainer(two_towers, tmp_path, **settings)
+    assert trainer.sampler.updates_per_epoch == 10 and trainer.total == 30
+    windows = [trainer.update().bank_window for _ in range(30)]
+    assert windows[:20] == [4 * update for update in range(1, 21)]
+    # 32 slots in whole blocks: one, and that which is being filled.
+    block = trainer.method.bank.layout.block
+    assert block == 40
+    assert all(block <= window < 2 * block for window in windows[21:]), windows
+
+
 def test_probes_are_as_many_passages_as_queries_without_dropout(two_towers, tmp_path):
     trainer = make_trainer(two_towers, tmp_path, **SETTINGS)
     state = torch.get_rng_state()

@@ -126,7 +126,7 @@ def assert_same(ours, theirs) -> None:
 
 
 def oracle(bank, columns, ids=None, anticipates=True, **kinds) -> torch.Tensor:
-    """The reference's loss of embedded columns, which enter its bank.
+    """The reference's loss of embedded columns, which enter its bank; kinds are its arguments.
 
     `anticipates`: running means have the batch before its loss, as in updates of few batches.
     """

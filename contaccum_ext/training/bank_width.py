@@ -16,4 +16,9 @@ def bank_warnings(config: TrainConfig, capacity: int) -> list[str]:
     """
     if METHODS[config.method].banks(config) is None or config.clear_bank_every_update:
         return []
-    return width_warnings(capacity, config.update_size, config.drift_for(capacity))
+    return width_warnings(
+        capacity,
+        config.update_size,
+        config.drift_for(capacity),
+        centered=config.centers_for(capacity),
+    )

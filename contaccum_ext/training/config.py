@@ -1,26 +1,22 @@
-"""Training settings: one dataclass, read from YAML or the command line, checked key by key."""
+"""Training settings: one dataclass, checked key by key."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from contaccum_ext.bank_size import (
-    AUTO_FEW_UPDATES,
     AUTO_SMALL_UPDATES,
     AUTO_UPDATES,
-    FEW_BATCHES,
     SMALL_UPDATE,
     WIDEST_MEAN_UPDATES,
     auto_bank_size,
     auto_drift,
+    auto_wide_epochs,
+    centers_gradients,
 )
 from contaccum_ext.losses import MAX_SCALE
 from contaccum_ext.training.methods import METHODS
@@ -59,9 +55,8 @@ class TrainConfig:
     bank_size: int | str = _setting(
         "auto",
         or_word(integer(1), "auto"),
-        f"slots of the memory banks; auto = {AUTO_UPDATES} * n * K, or {AUTO_FEW_UPDATES} * n * K "
-        f"where fewer than {FEW_BATCHES} batches are scored in an update, or {AUTO_SMALL_UPDATES} "
-        f"* n * K where n * K < {SMALL_UPDATE}; at most the training set",
+        f"slots of the memory banks; auto = {AUTO_UPDATES} * n * K, or {AUTO_SMALL_UPDATES} * n * "
+        f"K where n * K < {SMALL_UPDATE}; at most the training set",
     )
     drift: str = _setting(
         "auto",
@@ -75,6 +70,18 @@ class TrainConfig:
     drift_ridge: float = _setting(0.1, POSITIVE, "of transport; more trusts the probes less")
     drift_limit: float = _setting(
         0.3, POSITIVE, "of transport: staleness, in spreads, beyond which slots leave the window"
+    )
+    center_gradients: bool | str = _setting(
+        "auto",
+        or_word(boolean(), "auto"),
+        "let gradients of passages sum to zero over an update, as in-batch ones do over a batch; "
+        "auto = with transport, and in banks that are not too old for it without",
+    )
+    wide_epochs: int | str = _setting(
+        "auto",
+        or_word(integer(0), "auto"),
+        "epochs in which more slots than those of bank_size=auto take part; auto = with transport "
+        "3, or 0 where row_weighting=all, else all",
     )
     row_weighting: str = _setting(
         "local", choice("local", "all"), "weight of a loss row: 1/n, or the paper's 1/(n+filled)"
@@ -182,18 +189,11 @@ class TrainConfig:
         """Examples per optimizer update, n * K."""
         return self.local_batch_size * self.accumulation_steps
 
-    def bank_capacity(self, training_queries: int, batches: int | None = None) -> int:
-        """Slots of the bank for a training set of this many queries.
-
-        Args:
-            training_queries: size of the training set.
-            batches: scored in an update; None for the micro-batches of gradient accumulation.
-        """
+    def bank_capacity(self, training_queries: int) -> int:
+        """Slots of the bank for a training set of this many queries."""
         if isinstance(self.bank_size, int):
             return self.bank_size
-        return auto_bank_size(
-            self.update_size, training_queries, batches or self.accumulation_steps
-        )
+        return auto_bank_size(self.update_size, training_queries)
 
     def drift_for(self, capacity: int) -> str:
         """What `drift` means for a bank of this many slots: "none", "mean" or "transport"."""
@@ -202,6 +202,20 @@ class TrainConfig:
         if self.clear_bank_every_update:
             return "mean"  # nothing in the bank is older than the weights
         return auto_drift(capacity, self.update_size)
+
+    def centers_for(self, capacity: int) -> bool:
+        """What `center_gradients` means for a bank of this many slots."""
+        if self.center_gradients != "auto":
+            return bool(self.center_gradients)
+        return self.clear_bank_every_update or centers_gradients(
+            self.drift_for(capacity), capacity, self.update_size
+        )
+
+    def wide_epochs_for(self, capacity: int) -> int | None:
+        """What `wide_epochs` means for a bank of this many slots; None for all epochs."""
+        if isinstance(self.wide_epochs, int):
+            return self.wide_epochs
+        return auto_wide_epochs(self.drift_for(capacity), self.row_weighting)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by key, as `from_mapping` reads them."""
@@ -236,51 +250,3 @@ def _with_precision(values: Mapping[str, Any], source: str) -> Mapping[str, Any]
     if "precision" in values or not isinstance(values["bf16"], bool):
         raise ConfigError(f"{source}: bf16: expected 'precision: bf16' instead, got bf16 too")
     return others | {"precision": words[values["bf16"]]}
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Settings of a YAML file, unchecked.
-
-    Raises:
-        ConfigError: the file cannot be read, is not YAML, or is not a mapping.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected 'key: value' lines, got {type(values).__name__}")
-    return values
-
-
-def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
-    """`["epochs=3", "learning_rate=2e-4"]` as a mapping; values are read as YAML.
-
-    Raises:
-        ConfigError: an entry is not of the form key=value.
-    """
-    values: dict[str, Any] = {}
-    for assignment in assignments:
-        key, separator, text = assignment.partition("=")
-        if not separator or not key.strip():
-            raise ConfigError(f"--set: expected key=value, got {assignment!r}")
-        try:
-            values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set: {key.strip()}: cannot read the value {text!r}") from None
-    return values
-
-
-def field_help() -> list[str]:
-    """One line per setting: name, default, what it accepts, what it means."""
-    lines = []
-    for field in dataclasses.fields(TrainConfig):
-        # JSON writes true, false and null as YAML does.
-        default = field.default if isinstance(field.default, str) else json.dumps(field.default)
-        rule: Rule = field.metadata["rule"]
-        lines.append(f"{field.name}={default}: {field.metadata['help']} ({rule.expectation})")
-    return lines

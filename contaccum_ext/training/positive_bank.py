@@ -9,7 +9,7 @@ from torch import Tensor
 
 from contaccum_ext.bank import DualMemoryBank
 from contaccum_ext.functional import contaccum_loss
-from contaccum_ext.ops import ROW_LSE
+from contaccum_ext.ops import ROW_LSE, center_gradients_
 
 
 def positive_bank_loss(
@@ -20,6 +20,7 @@ def positive_bank_loss(
     passage_ids: Tensor | None,
     row_weighting: str = "local",
     banks: str = "both",
+    center_over: int | None = None,
 ) -> Tensor:
     """Loss of a micro-batch whose hard negatives are local columns only, then enqueue positives.
 
@@ -33,11 +34,14 @@ def positive_bank_loss(
         bank: of one passage per query.
         temperature: scores are inner products divided by it.
         passage_ids: (n, m) int64, or None.
-        row_weighting, banks: as in `contaccum_loss`.
+        row_weighting, banks, center_over: as in `contaccum_loss`; gradients are centered as they
+            come back, so in units of what is differentiated.
 
     Returns:
         () fp32; NaN, and nothing banked, where the batch is not finite.
     """
+    if center_over is not None and torch.is_grad_enabled():
+        passages = _Centered.apply(passages, bank.centering, center_over)
     (n, m, d), scale = passages.shape, 1.0 / temperature
     columns = passages.reshape(n * m, d)
     column_ids = None if passage_ids is None else passage_ids.reshape(-1)
@@ -75,6 +79,21 @@ def positive_bank_loss(
         positive_ids = None if passage_ids is None else passage_ids[:, :1]
         contaccum_loss(queries, positives, bank, temperature, positive_ids)
     return loss + taint
+
+
+class _Centered(torch.autograd.Function):
+    """Passages (n, m, d) as they are; their gradients are centered over an update's batches."""
+
+    @staticmethod
+    def forward(ctx, passages, state, over):
+        ctx.state, ctx.over = state, over
+        return passages.view_as(passages)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        centered = gradient.to(ctx.state, copy=True).contiguous()
+        center_gradients_(centered, ctx.state, ctx.over, True)
+        return centered.to(gradient), None, None
 
 
 def _banked_rows(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from contaccum_ext.bank import DualMemoryBank
-from contaccum_ext.bank_size import correction_options, mean_decay
+from contaccum_ext.bank_size import auto_bank_size, correction_options, mean_decay
 from contaccum_ext.drift_signs import EVERY, DriftWatch, ScoreShift, score_shift
 from contaccum_ext.functional import contaccum_loss
 from contaccum_ext.losses import LearnedTemperature
@@ -51,9 +51,11 @@ class Scoring:
         self.bank: DualMemoryBank | None = None
         self.transport: BankTransport | None = None
         self.drift = "none"
+        self.center_over: int | None = None
         if banks is not None:
-            capacity = config.bank_capacity(training_queries, batches)
+            capacity = config.bank_capacity(training_queries)
             self.drift = config.drift_for(capacity)
+            self.center_over = batches if config.centers_for(capacity) else None
             follows = self.drift == "transport"
             self.bank = DualMemoryBank(
                 capacity,
@@ -75,6 +77,7 @@ class Scoring:
         self._looked = False  # for a shift, in this update
         self._watch = DriftWatch()
         self._update = 0
+        self._narrow_from = self._first_narrow_update(training_queries)
 
     def begin_update(self, update: int) -> None:
         """Prepare the bank for update `update`, counted from 0."""
@@ -83,9 +86,30 @@ class Scoring:
         self._looked = False
         if self.learned is not None:
             self.temperature = self.learned.value
-        if self.bank is not None and self.config.clear_bank_every_update:
+        if self.bank is None:
+            return
+        self.bank.begin_update()
+        if self._narrow_from is not None:
+            self._narrow(update >= self._narrow_from)
+        if self.config.clear_bank_every_update:
             self.bank.clear()
             self.ages.clear()
+
+    def _first_narrow_update(self, training_queries: int) -> int | None:
+        """From which on no more slots than an automatic bank has take part; None: there is none."""
+        size = self.config.update_size
+        if self.bank is None or self.bank.capacity <= auto_bank_size(size):
+            return None
+        epochs = self.config.wide_epochs_for(self.bank.capacity)
+        return None if epochs is None else epochs * -(-training_queries // size)
+
+    def _narrow(self, narrow: bool) -> None:
+        assert self.bank is not None
+        widest = auto_bank_size(self.config.update_size) if narrow else None
+        if self.transport is None:
+            self.bank.window = widest
+        else:
+            self.transport.widest = widest
 
     def loss(
         self, queries: Tensor, passages: Tensor, passage_ids: Tensor, last: bool = False
@@ -177,6 +201,7 @@ class Scoring:
             "passage_ids": self._ids(passage_ids),
             "row_weighting": self.config.row_weighting,
             "banks": self.banks,
+            "center_over": self.center_over,
         }
         if passages.shape[1] > self.bank.passages_per_query:
             return positive_bank_loss(queries, passages, self.bank, **settings)

@@ -118,6 +118,17 @@ class ContAccumCallback(TrainerCallback):
         banks = {name: memory.state_dict() for name, memory in self.memories.items()}
         _file(args).write(directory, _fingerprint(model), banks)
 
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Count batches anew, since the last update of an epoch may have had fewer, and epochs."""
+        for memory in self.memories.values():
+            memory.begin_update(state.epoch or 0.0)
+
     def on_step_end(
         self,
         args: TrainingArguments,
@@ -156,7 +167,13 @@ class ContAccumCallback(TrainerCallback):
     def _warn(self, update_size: int) -> None:
         for memory in self.memories.values():
             if memory.capacity:
-                for message in width_warnings(memory.capacity, update_size, memory.drift):
+                messages = width_warnings(
+                    memory.capacity,
+                    update_size,
+                    memory.drift,
+                    centered=memory.center_over is not None,
+                )
+                for message in messages:
                     logger.warning(message)
 
     def _candidates(self, args: TrainingArguments, state: TrainerState) -> list[Path]:

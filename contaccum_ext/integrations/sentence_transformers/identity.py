@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,3 +75,11 @@ def _scramble(x: Tensor) -> Tensor:
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """As for unsigned numbers: zeros come in, not copies of the sign."""
     return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def stack_identities(
+    identities: Sequence[Tensor | None], rows: int, device: torch.device
+) -> Tensor:
+    """(n, m) int64; -1, which equals nothing, in columns that have no identities."""
+    unknown = torch.full((rows,), -1, dtype=torch.int64, device=device)
+    return torch.stack([unknown if ids is None else ids.to(device) for ids in identities], 1)

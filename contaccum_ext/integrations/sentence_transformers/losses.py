@@ -152,10 +152,9 @@ class ContAccumLoss(_Banked, MultipleNegativesRankingLoss):
 
     Keyword Args:
         bank_size (int | str): slots, each a row of the data set; 0 for no bank; "auto" (default)
-            for two updates' worth, 2 * per_device_train_batch_size *
-            gradient_accumulation_steps, four where an update has fewer than eight batches, eight
-            where it has fewer than 64 rows, at most the training set. That needs
-            ``ContAccumCallback``; without it "auto" is 1,024.
+            for four updates' worth, 4 * per_device_train_batch_size *
+            gradient_accumulation_steps, eight where an update has fewer than 64 rows, at most the
+            training set. That needs ``ContAccumCallback``; without it "auto" is 1,024.
         drift (str): "mean" corrects old vectors by the shift of their mean; "transport" encodes a
             few texts, the probes, again after every optimizer step and moves all banked vectors as
             these have moved, about running means; "none" leaves them as they are. "auto" (default)
@@ -168,6 +167,13 @@ class ContAccumLoss(_Banked, MultipleNegativesRankingLoss):
             of "mean" have a batch before its own loss (``DualMemoryBank(anticipate=True)``), unless
             the callback knows of eight batches or more in an update: in updates of one batch those
             that wait for it lag by an update, which ruins training.
+        center_gradients (bool | str): let gradients of passages (and, of the other direction, of
+            anchors) sum to zero over an update, as those of an in-batch loss do over a batch;
+            without the callback over each batch. "auto" (default) does so with "transport", and in
+            banks that are not too old for it without. The value of the loss is the same.
+        wide_epochs (int | str): epochs in which more slots take part than "auto" would have, with
+            the callback; "auto" (default) is three with "transport", or none with
+            row_weighting="all", otherwise all.
         row_weighting (str): "local" (default) weights every row 1/n, "all" 1/(n + filled slots) as
             in the paper.
         symmetric (bool): the mean of this loss and of that with positives for rows and anchors for
@@ -233,9 +239,9 @@ class CachedContAccumLoss(_Banked, CachedMultipleNegativesRankingLoss):
         scale: similarities are multiplied by it; 1 / temperature.
         similarity_fct: ``cos_sim`` or ``dot_score`` of ``sentence_transformers.util``.
         mini_batch_size: rows encoded at a time.
-        banks: settings of the banks, by name: bank_size, drift, drift_decay, row_weighting,
-            symmetric, mask_duplicates, drift_probes, drift_ridge and drift_limit, as in
-            ContAccumLoss.
+        banks: settings of the banks, by name: bank_size, drift, drift_decay, center_gradients,
+            wide_epochs, row_weighting, symmetric, mask_duplicates, drift_probes, drift_ridge and
+            drift_limit, as in ContAccumLoss.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.

@@ -13,13 +13,16 @@ from contaccum_ext.bank import DualMemoryBank
 from contaccum_ext.bank_size import (
     auto_bank_size,
     auto_drift,
+    auto_wide_epochs,
+    centers_gradients,
     correction_options,
     mean_decay,
 )
 from contaccum_ext.functional import contaccum_loss
+from contaccum_ext.integrations.sentence_transformers.identity import stack_identities
 from contaccum_ext.integrations.sentence_transformers.probes import Move, Probes
 from contaccum_ext.integrations.sentence_transformers.settings import BankSettings
-from contaccum_ext.ops import op_runs_on
+from contaccum_ext.integrations.sentence_transformers.vectors import move_to, place, widen
 from contaccum_ext.staleness import SlotStaleness
 from contaccum_ext.transport import transport_slots
 
@@ -77,7 +80,7 @@ class BankMemory(nn.Module):
             return self.settings.bank_size
         if self._update_size is None:
             return UNKNOWN_RUN_SLOTS
-        return auto_bank_size(self._update_size, self._training_queries, self._micro_batches)
+        return auto_bank_size(self._update_size, self._training_queries)
 
     @property
     def drift(self) -> str:
@@ -97,6 +100,33 @@ class BankMemory(nn.Module):
         if self._micro_batches is None:
             return PREDICTED_MEAN_DECAY if predicted else MEAN_DECAY
         return mean_decay(self._micro_batches, predicted)
+
+    @property
+    def center_over(self) -> int | None:
+        """Batches over which gradients of passages sum to zero, one if unknown; None for as is."""
+        wanted, size = self.settings.center_gradients, self._update_size or 0
+        if wanted == "auto":
+            wanted = centers_gradients(self.drift, self.capacity, size)
+        return (self._micro_batches or 1) if wanted else None
+
+    def begin_update(self, epochs: float) -> None:
+        """Note how much of training is over: then a large bank may be used in part only.
+
+        Args:
+            epochs: passes over the training set so far.
+        """
+        wide: int | str | None = self.settings.wide_epochs
+        if isinstance(wide, str):
+            wide = auto_wide_epochs(self.drift, self.settings.row_weighting)
+        most = auto_bank_size(self._update_size or self.capacity)
+        narrow = wide is not None and epochs >= wide and most < self.capacity
+        for name, bank in self.banks.items():
+            assert isinstance(bank, DualMemoryBank)
+            bank.begin_update()
+            if name in self.staleness:
+                self.staleness[name].widest = most if narrow else None
+            elif wide is not None:
+                bank.window = most if narrow else None
 
     def forward(
         self,
@@ -119,12 +149,12 @@ class BankMemory(nn.Module):
                 f"got {len(columns)}"
             )
         device = columns[0].device
-        place = _place(device)
-        queries, *passages = (self._prepare(column.to(place)) for column in columns)
+        where = place(device)
+        queries, *passages = (self._prepare(column.to(where)) for column in columns)
         stacked = torch.stack(passages, 1)  # (n, m, d)
         ids = None
         if learning and self.settings.mask_duplicates:
-            ids = _stack_identities(identities, len(queries), place)
+            ids = stack_identities(identities, len(queries), where)
         loss = contaccum_loss(
             queries,
             stacked,
@@ -133,6 +163,7 @@ class BankMemory(nn.Module):
             passage_ids=ids,
             row_weighting=self.settings.row_weighting,
             symmetric=self.settings.symmetric,
+            center_over=self.center_over,
         )
         return loss.to(device)
 
@@ -151,7 +182,7 @@ class BankMemory(nn.Module):
                     [self._shorten(column, bank.dim, unit) for column in columns]
                     for columns in moves[bank.passages_per_query]
                 )
-                _move_to(bank, new_queries.device)
+                move_to(bank, new_queries.device)
                 transport_slots(
                     self.staleness[name],
                     (old_queries, torch.cat(old)),
@@ -162,11 +193,11 @@ class BankMemory(nn.Module):
 
     def _shorten(self, column: Tensor, dim: int, unit: bool) -> Tensor:
         """Probes (R, D) as a bank of size d would hold them: (R, d)."""
-        column = _widen(column.to(_place(column.device)))[:, :dim]
+        column = widen(column.to(place(column.device)))[:, :dim]
         return nn.functional.normalize(column, dim=-1) if unit else column
 
     def _prepare(self, column: Tensor) -> Tensor:
-        column = _widen(column)
+        column = widen(column)
         return nn.functional.normalize(column, dim=-1) if self.settings.normalize else column
 
     def _bank(self, passages: Tensor) -> DualMemoryBank | None:
@@ -180,7 +211,7 @@ class BankMemory(nn.Module):
             logger.info(f"New bank: {self.capacity} slots of {1 + m} vectors of size {dim}")
         bank = self.banks[name]
         assert isinstance(bank, DualMemoryBank)
-        _move_to(bank, passages.device)
+        move_to(bank, passages.device)
         return bank
 
     def _add_bank(self, name: str, like: Tensor) -> None:
@@ -265,26 +296,3 @@ class BankMemory(nn.Module):
     def extra_repr(self) -> str:
         """Say what ``repr`` shows beside the banks."""
         return f"{self.settings}"
-
-
-def _place(device: torch.device) -> torch.device:
-    """Where the op runs: without a kernel for the device the few embeddings travel to the CPU."""
-    return device if op_runs_on(device) else torch.device("cpu")
-
-
-def _move_to(bank: DualMemoryBank, device: torch.device) -> None:
-    if bank.device != device:  # restored, or the model has moved
-        bank.to(device)
-
-
-def _widen(column: Tensor) -> Tensor:
-    """As sentence-transformers does before it computes scores."""
-    return column.float() if column.dtype.itemsize < 4 else column
-
-
-def _stack_identities(
-    identities: Sequence[Tensor | None], rows: int, device: torch.device
-) -> Tensor:
-    """(n, m) int64; -1, which equals nothing, in columns that have no identities."""
-    unknown = torch.full((rows,), -1, dtype=torch.int64, device=device)
-    return torch.stack([unknown if ids is None else ids.to(device) for ids in identities], 1)

@@ -20,6 +20,8 @@ class BankOptions(TypedDict, total=False):
     drift_probes: int
     drift_ridge: float
     drift_limit: float | None
+    center_gradients: bool | str
+    wide_epochs: int | str
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class BankSettings:
     drift_probes: int = 64  # of transport
     drift_ridge: float = 0.1  # of transport
     drift_limit: float | None = 0.3  # of transport: staleness in use; None for any
+    center_gradients: bool | str = "auto"  # of passages, over an update; "auto": by the bank's age
+    wide_epochs: int | str = "auto"  # in which more than an automatic bank's slots take part
 
     def __post_init__(self) -> None:
         size = self.bank_size
@@ -53,6 +57,16 @@ class BankSettings:
                 raise ValueError(f"drift_decay: expected None or a number in [0, 1), got {decay}")
         validation.choice("row_weighting", self.row_weighting, ("local", "all"))
         validation.instance("symmetric", self.symmetric, bool)
+        if self.center_gradients != "auto" and not isinstance(self.center_gradients, bool):
+            raise TypeError(
+                f"center_gradients: expected 'auto', True or False, got {self.center_gradients!r}"
+            )
+        if self.wide_epochs != "auto":
+            count = isinstance(self.wide_epochs, int) and not isinstance(self.wide_epochs, bool)
+            if not count or int(self.wide_epochs) < 0:
+                raise ValueError(
+                    f"wide_epochs: expected 'auto' or a number >= 0, got {self.wide_epochs!r}"
+                )
         validation.count("drift_probes", self.drift_probes)
         validation.positive("drift_ridge", self.drift_ridge)
         if self.drift_limit is not None:
