@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.drift import cli, harm, rows, tables
+from benchmarks.drift.bank_tables import CHOSEN
+from benchmarks.drift.centre_tables import SPREAD
 from benchmarks.drift.report import brief
 from benchmarks.drift.settings import Setting, from_row
 from benchmarks.drift.summary import amounts, shared, summary
@@ -67,11 +69,15 @@ def test_what_has_not_been_run_yet_is_left_out():
         row(bank(*kind, epochs=1), ndcg, [])
         for kind, ndcg in (((128,), 0.6), ((256, "mean"), 0.625))
     )
+    default = row(bank(512, "follow-mean", epochs=1, options=CHOSEN | SPREAD), 0.65, [])
     for table in (summary, amounts):
         assert len(table([], "squad_sent").splitlines()) == 2
-        assert len(table([corrected], "squad_sent").splitlines()) == 2  # nothing to compare with
-        assert "epochs=1 " in table([plain, corrected], "squad_sent")
+        alone = table([corrected, default], "squad_sent")  # with nothing to compare with
+        assert len(alone.splitlines()) == 2
+        assert "epochs=1 " in table([plain, corrected, default], "squad_sent")
     assert "| +0.0250 (1) |" in amounts([plain, corrected], "squad_sent")
+    assert "+0.0500 (1) |" in summary([plain, default], "squad_sent")
+    assert len(summary([plain, corrected], "squad_sent").splitlines()) == 2
 
 
 def test_shared_means_are_compared_with_those_of_micro_batches():
@@ -94,7 +100,7 @@ def test_the_page_holds_what_the_rows_give():
     done = rows.finished(ROOT / "benchmarks/results/drift/rows.jsonl")
     assert all(from_row(found["setting"]).key == key for key, found in done.items())
     page = (ROOT / "docs/drift.md").read_text()
-    for name in ("central", "ideas", "guards", "safe", "means", "few", "whole"):
+    for name in ("central", "ideas", "guards", "safe", "means", "few", "whole", "centred-updates"):
         assert brief(tables.settings([name]), done, tables.BASELINE) in page, name
     for data in ("squad_sent", "medquad"):
         assert summary(done.values(), data) in page

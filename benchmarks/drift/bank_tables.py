@@ -26,7 +26,7 @@ EVERYWHERE: tuple[dict[str, Any], ...] = (
 )
 
 
-def _plain(seed: int, data: str) -> list[Setting]:
+def plain_banks(seed: int, data: str) -> list[Setting]:
     """What corrected banks are read against."""
     return [Setting(data, seed, "inbatch"), *banks(seed, data, "none", (128,))]
 
@@ -42,7 +42,7 @@ def grown() -> list[Setting]:
     found = []
     for seed in (1, 2, 3):
         for data in DATA:
-            here = _plain(seed, data)
+            here = plain_banks(seed, data)
             here += [
                 Setting(data, seed, bank=4096, correction="follow-mean", options=LIBRARY | ramp)
                 for ramp in ({}, {"ramp": 0.5}, {"ramp": 1.0})
@@ -120,7 +120,7 @@ def lags() -> list[Setting]:
     found = []
     for seed in (1, 2):
         for data in DATA:
-            here = _plain(seed, data)
+            here = plain_banks(seed, data)
             here += [
                 Setting(data, seed, bank=bank, correction="follow-mean", options=LIBRARY | more)
                 for more in ({"decay": 0.97}, {"decay": 0.99}, CURRENT)
@@ -141,7 +141,7 @@ def chosen() -> list[Setting]:
     found = []
     for seed in (1, 2, 3, 4, 5):
         for data in DATA:
-            plain = _plain(seed, data)
+            plain = plain_banks(seed, data)
             default = Setting(data, seed, bank=512, correction="follow-mean", options=CHOSEN)
             between = replace(default, options=CHOSEN | {"between": True})
             others = [replace(default, options=CHOSEN | {"probes": x}) for x in (32, 16)]
@@ -163,7 +163,7 @@ def sizes() -> list[Setting]:
     changes = (*EVERYWHERE, {"row_weighting": "all"}, {})
     for seed in (1, 2):
         for data in DATA:
-            here = _plain(seed, data) + [
+            here = plain_banks(seed, data) + [
                 Setting(data, seed, bank=bank, correction="follow-mean", options=options)
                 for bank in (4096, 256)
             ]
@@ -177,7 +177,7 @@ def two() -> list[Setting]:
     found = []
     for seed in (1, 2, 3, 4, 5):
         for data in DATA:
-            here = [*_plain(seed, data), *banks(seed, data, "mean", (256,))]
+            here = [*plain_banks(seed, data), *banks(seed, data, "mean", (256,))]
             found += [
                 replace(x, **change) for change in changes[-1 if seed > 3 else 0 :] for x in here
             ]
@@ -196,7 +196,7 @@ def blocks() -> list[Setting]:
         for seed in (1, 2):
             for change in changes:
                 for data in DATA:
-                    plain = _plain(seed, data)
+                    plain = plain_banks(seed, data)
                     corrected = [
                         Setting(data, seed, bank=size, correction=name, options=options | more)
                         for more in ({}, *({"block": block} for block in BLOCKS))

@@ -74,6 +74,13 @@ def _figure(args: argparse.Namespace) -> int:
     return 0
 
 
+def _gradients(args: argparse.Namespace) -> int:
+    from benchmarks.drift.gradients import gradients
+
+    print(gradients(args.set, args.data, learning_rate=args.learning_rate, updates=args.updates))
+    return 0
+
+
 def _harm(args: argparse.Namespace) -> int:
     print(harm(list(_read(args.rows).values())))
     return 0
@@ -134,6 +141,13 @@ def main(arguments: list[str] | None = None) -> int:
     one = commands.add_parser("harm", help="which sign of staleness tells harm")
     one.add_argument("--rows", type=Path, required=True, nargs="+")
     one.set_defaults(run=_harm)
+
+    one = commands.add_parser("gradients", help="compare a bank's gradient with a large batch's")
+    one.add_argument("set", help="data set")
+    one.add_argument("--data", type=Path, required=True, help="what prepare wrote")
+    one.add_argument("--updates", type=int, default=10, help="before, in-batch; default 10")
+    one.add_argument("--learning-rate", type=float, default=2e-5, help="of these; default 2e-5")
+    one.set_defaults(run=_gradients)
 
     one = commands.add_parser("figure", help="draw how the shortcut forms")
     one.add_argument("--rows", type=Path, required=True, nargs="+")

@@ -15,6 +15,7 @@ from benchmarks.drift.loss import BankView
 from benchmarks.drift.transport import Displacement, Transport, TransportMean
 
 _AGES = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # at which a guard looks, in updates
+_NARROW = 4  # updates
 _SMOOTH = 0.8  # decay of what a guard has seen, per update
 
 
@@ -158,13 +159,22 @@ class Trust:
         floor: 1 keeps the last update and this one, as a bank of one update does in part.
         ramp: share of the training during which the window grows evenly from `floor` updates to the
             whole bank, whatever its errors; 0: it is whole from the beginning.
+        narrow: share of the training after which no more than four updates of slots take part.
     """
 
-    def __init__(self, context: Context, limit: float, floor: int, ramp: float = 0.0) -> None:
+    def __init__(
+        self,
+        context: Context,
+        limit: float,
+        floor: int,
+        ramp: float = 0.0,
+        narrow: float = 1.0,
+    ) -> None:
         self.history, self.limit, self.floor = context.history, limit, floor
         updates = len(self.history.queries) // self.history.update_size + 1
         self.stale = torch.zeros(updates, device=context.device)  # by update of enqueueing
         self.grown = ramp * (updates - 1)  # the update at which the window is whole
+        self.narrowed = narrow * (updates - 1)
 
     def add(self, update: int, errors: list[Tensor]) -> None:
         """Those of both sides' maps after an update's step."""
@@ -180,6 +190,8 @@ class Trust:
         if update < self.grown:
             whole = self.history.capacity / self.history.update_size
             beyond |= written < update - whole * update / self.grown
+        if update >= self.narrowed:
+            beyond |= position < slots.stop - (1 + _NARROW) * self.history.update_size
         return beyond & (written < update - self.floor)
 
 
@@ -223,6 +235,7 @@ class FollowMean(TransportMean):
         limit: see `Trust`.
         floor: see `Trust`.
         ramp: see `Trust`.
+        narrow: see `Trust`.
         discount: 1 lets all banked negatives together count as much as one update's, 0 each as one:
             their logits are lowered by `discount` times the log of their number of updates.
         options: of `TransportMean`.
@@ -234,11 +247,12 @@ class FollowMean(TransportMean):
         limit: float,
         floor: int = 1,
         ramp: float = 0.0,
+        narrow: float = 1.0,
         discount: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__(context, **options)
-        self.trust, self.discount = Trust(context, limit, floor, ramp), discount
+        self.trust, self.discount = Trust(context, limit, floor, ramp, narrow), discount
 
     def before_loss(self, update: int) -> BankView:
         absent = self.trust.absent(update)

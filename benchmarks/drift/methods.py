@@ -24,8 +24,14 @@ CORRECTIONS: dict[str, Callable[..., corrections.Correction]] = {
 }
 
 
+CENTRES = ("batch", "spread", "update")
+
+
 def make(name: str, context: corrections.Context, options: dict) -> corrections.Correction:
     """The correction of that name.
+
+    Besides its own options each has `centre`: gradients with respect to passages less their mean
+    over the micro-batch or the update.
 
     Raises:
         ValueError: there is none of that name.
@@ -33,4 +39,9 @@ def make(name: str, context: corrections.Context, options: dict) -> corrections.
     """
     if name not in CORRECTIONS:
         raise ValueError(f"correction: expected one of {tuple(CORRECTIONS)}, got {name!r}")
-    return CORRECTIONS[name](context, **options)
+    own = {key: value for key, value in options.items() if key != "centre"}
+    made = CORRECTIONS[name](context, **own)
+    made.centre = options.get("centre")
+    if made.centre not in (None, *CENTRES):
+        raise ValueError(f"centre: expected one of {CENTRES}, got {made.centre!r}")
+    return made

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from benchmarks.drift import rows
 from benchmarks.drift.bank_tables import BLOCKS, CHOSEN, FAST
+from benchmarks.drift.centre_tables import SPREAD
 from benchmarks.drift.default_tables import DROPOUT, LIBRARY
 from benchmarks.drift.report import Mean, markdown, mean, paired
 from benchmarks.drift.settings import Setting, from_row
@@ -22,11 +23,14 @@ COLUMNS: dict[str, Callable[[Setting], bool]] = {
     "gradaccum": lambda x: x.method == "gradaccum",
     "in-batch 128": lambda x: x.method == "inbatch",
     _BASELINE: _bank(128, "none", {}),
-    "default, 256": _bank(256, "mean", {}),
-    "probes, 512": _bank(512, "follow-mean", CHOSEN),
-    "`mean`, 512": _bank(512, "mean", {}),
+    "centered, 128": _bank(128, "none", SPREAD),
+    "centered `mean`, 256": _bank(256, "mean", SPREAD),
+    "default, 512": _bank(512, "follow-mean", CHOSEN | SPREAD),
+    "the same, 4,096": _bank(4096, "follow-mean", CHOSEN | SPREAD),
+    "not centered: `mean`, 256": _bank(256, "mean", {}),
     "`mean`, 1,024": _bank(1024, "mean", {}),
-    "`transport`, 4,096": _bank(4096, "follow-mean", LIBRARY),
+    "probes, 512": _bank(512, "follow-mean", CHOSEN),
+    "probes, 4,096": _bank(4096, "follow-mean", LIBRARY),
 }
 _COMPARED = tuple(COLUMNS)[3:]
 
@@ -40,7 +44,7 @@ def summary(done: Iterable[rows.Row], data: str) -> str:
     """
     lines = []
     for varied, columns in _scores(done, data, COLUMNS).items():
-        if "default, 256" not in columns or _BASELINE not in columns:
+        if "default, 512" not in columns or _BASELINE not in columns:
             continue
         cells = [varied]
         for name in COLUMNS:
@@ -55,11 +59,12 @@ def summary(done: Iterable[rows.Row], data: str) -> str:
     return markdown(head, lines)
 
 
-_SIZES = (128, 256, 512, 1024, 4096)
+_SIZES = (128, 256, 512, 1024, 4096, 16384)
 _KINDS: dict[str, tuple[str, dict]] = {
     "fresh": ("oracle", DROPOUT),
     "`mean`": ("mean", {}),
     "probes": ("follow-mean", LIBRARY),
+    "default": ("follow-mean", CHOSEN | SPREAD),
 }
 _FEW = ("epochs=1 updates=40", "epochs=1", "learning_rate=2e-05", _CENTRAL, "epochs=10")
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.drift.bank_tables import amounts, blocks, chosen, grown, lags, sizes, two, whole
+from benchmarks.drift.centre_tables import anysize, centred, centred_updates, largest
 from benchmarks.drift.default_tables import default, few, library, means
 from benchmarks.drift.families import DATA, SCORES, TRANSPORT, banks, baselines
 from benchmarks.drift.settings import Setting
@@ -148,6 +149,10 @@ TABLES: dict[str, Callable[[], list[Setting]]] = {
     "sizes": sizes,
     "two": two,
     "blocks": blocks,
+    "centred": centred,
+    "anysize": anysize,
+    "centred-updates": centred_updates,
+    "largest": largest,
 }
 
 
