@@ -18,10 +18,10 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from scratch_tables import scratch_table
 from strategies import MAX_ID, NARROW, TEMPERATURES, examples, layouts
 from tolerances import Kernels, Sizes, assert_scalar, assert_table, bounds
 from torch import Tensor
-from twins import scratch_table
 
 import contaccum_ext as ca
 from contaccum_ext import reference

@@ -7,9 +7,9 @@ import io
 
 import pytest
 import torch
+from scratch_tables import scratch_table
 from tolerances import Kernels, Sizes, assert_table, bounds
 from torch import nn
-from twins import scratch_table
 
 import contaccum_ext as ca
 

@@ -9,8 +9,7 @@ from test_drift_run import CPU, prepared, tiny  # noqa: F401 (a fixture)
 import contaccum_ext as ca
 from benchmarks.drift import methods
 from benchmarks.drift.data import load
-from benchmarks.drift.gradients import gradients
-from benchmarks.drift.run import Run
+from benchmarks.drift.gradients import _Probe, gradients
 
 SMALL = {"layers": 1, "n": 4, "accumulation": 2}
 
@@ -19,13 +18,9 @@ def first_gradients(directory, centre, bank=16, update=2):
     """Of passages (K, n, m, d), in an update with a bank that has been filled."""
     options = {} if centre is None else {"centre": centre}
     setting = tiny(bank=bank, options=options, dropout=0.0)
-    one = Run(setting, load(directory, setting, CPU), directory / "model", CPU)
-    with torch.no_grad():
-        for before in range(update):
-            queries, passages = one._encode(before)
-            slots = one._slots(before)
-            one.correction.history.queries[slots] = queries.flatten(0, 1)
-            one.correction.history.passages[slots] = passages.flatten(0, 1)
+    probe = _Probe(setting, load(directory, setting, CPU), directory, CPU)
+    probe.fill(update)
+    one = probe.run
     queries, passages = one._encode(update)
     found = one._loss(update, queries.detach(), passages.detach())[1][1]
     return found, one, queries.detach(), passages.detach()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_op_gradients import VARIANTS, batch, filled_bank, leaves, set_random_offsets
+from test_op_gradients import VARIANTS, filled_bank, leaves, variant
 from test_op_refusals import assert_same_state, state
 from torch import Tensor
 
@@ -41,16 +41,8 @@ class Riding:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_one_batch_alone_is_the_gradient_of_a_bank_that_follows_its_mean(device, name):
     """Exactly that, where banked vectors are the same for all rows: without offsets."""
-    options = dict(VARIANTS[name])
-    m, ids, slots = options.pop("m", 2), options.pop("ids", False), options.pop("slots", 11)
-    window, offsets = options.pop("window", None), options.pop("offsets", False)
-    bank = filled_bank(device, slots, m, ids, drift=options.pop("drift", "none"))
-    bank.window = window
-    if offsets:
-        set_random_offsets(bank)
+    bank, m, given, options = variant(name, device)
     q, p = leaves(device, 4, m)
-    given = batch(device, 4, m, ids)[2]
-    options |= {"enqueue": False}
 
     plain = ca.contaccum_loss(q, p, bank, 0.7, given, **options)
     ours = ca.contaccum_loss(q, p, bank, 0.7, given, center_over=1, **options)
@@ -61,10 +53,10 @@ def test_one_batch_alone_is_the_gradient_of_a_bank_that_follows_its_mean(device,
     wanted[1] = wanted[1] - wanted[1].mean((0, 1))
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
-    if not (offsets or bank.drift == "mean"):
+    if not bank.use_offsets:
         exact = reference.contaccum_loss(q, p, Riding(bank, p), 0.7, given, **options)
         torch.testing.assert_close(gradients(exact, [p]), got[1:], **CLOSE)
-    assert moved < 1e-12 if slots == 0 else moved > 1e-4
+    assert moved < 1e-12 if len(bank) == 0 else moved > 1e-4
 
 
 @pytest.mark.parametrize("sizes", [(4, 4, 4), (1, 9, 3), (5,)])

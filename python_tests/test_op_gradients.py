@@ -55,23 +55,28 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_gradcheck(device, name):
+def variant(name: str, device: str, **kinds):
+    """The bank of a variant, m, ids of a batch of 4, and what the loss is to be told."""
     options = dict(VARIANTS[name])
     m, ids, slots = options.pop("m", 2), options.pop("ids", False), options.pop("slots", 11)
     window, offsets = options.pop("window", None), options.pop("offsets", False)
-    bank = filled_bank(device, slots, m, ids, drift=options.pop("drift", "none"))
+    bank = filled_bank(device, slots, m, ids, drift=options.pop("drift", "none"), **kinds)
     bank.window = window
     if offsets:
         set_random_offsets(bank)
-    given = batch(device, 4, m, ids)[2]
+    return bank, m, batch(device, 4, m, ids)[2], options | {"enqueue": False}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradcheck(device, name):
+    bank, m, given, options = variant(name, device)
 
     def loss(q, p):
-        return ca.contaccum_loss(q, p, bank, 0.7, given, enqueue=False, **options)
+        return ca.contaccum_loss(q, p, bank, 0.7, given, **options)
 
     inputs = leaves(device, 4, m)
     assert torch.autograd.gradcheck(loss, inputs)
-    if offsets or bank.drift == "mean":
+    if bank.use_offsets:
         assert bank.query_offsets()[0].abs().min() > 0  # the variant is what its name says
 
 

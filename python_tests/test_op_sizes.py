@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from scratch_tables import scratch_table
 from tolerances import Kernels, Sizes, assert_gradient, assert_scalar, assert_table, bounds
 from torch import Tensor
-from twins import scratch_table
 
 import contaccum_ext as ca
 from contaccum_ext import reference

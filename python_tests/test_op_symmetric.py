@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from strategies import Setup, Step, examples, histories
-from test_op_gradients import VARIANTS, batch, filled_bank, leaves, set_random_offsets
+from test_op_gradients import VARIANTS, leaves, variant
 from test_op_history import LAPS
 from test_op_nonfinite import FAULTS, bank_and_batch
 from test_op_refusals import CASES, D, M, assert_refused, assert_same_state, bank_with, good, state
@@ -21,18 +21,10 @@ from contaccum_ext import functional, ops
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "only" not in name])
 def test_gradcheck(device, name):
-    options = dict(VARIANTS[name])
-    m, ids, slots = options.pop("m", 2), options.pop("ids", False), options.pop("slots", 11)
-    window, offsets = options.pop("window", None), options.pop("offsets", False)
-    bank = filled_bank(device, slots, m, ids, drift=options.pop("drift", "none"), symmetric=True)
-    bank.window = window
-    if offsets:
-        set_random_offsets(bank)
-    given_ids = batch(device, 4, m, ids)[2]
-    options |= {"enqueue": False, "symmetric": True}
+    bank, m, given_ids, options = variant(name, device, symmetric=True)
 
     def loss(q, p):
-        return ca.contaccum_loss(q, p, bank, 0.7, given_ids, **options)
+        return ca.contaccum_loss(q, p, bank, 0.7, given_ids, symmetric=True, **options)
 
     assert torch.autograd.gradcheck(loss, leaves(device, 4, m))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -173,15 +174,21 @@ def sizes() -> list[Setting]:
 
 def two() -> list[Setting]:
     """The default, the mean's shift alone with two updates of slots, everywhere."""
+    return in_every_setting(
+        lambda seed, data: [*plain_banks(seed, data), *banks(seed, data, "mean", (256,))]
+    )
+
+
+def in_every_setting(make: Callable[[int, str], list[Setting]]) -> list[Setting]:
+    """What `make` has for a seed and a set: three seeds everywhere, five in the central setting."""
     changes = (*EVERYWHERE, {"row_weighting": "all"}, {})
-    found = []
-    for seed in (1, 2, 3, 4, 5):
-        for data in DATA:
-            here = [*plain_banks(seed, data), *banks(seed, data, "mean", (256,))]
-            found += [
-                replace(x, **change) for change in changes[-1 if seed > 3 else 0 :] for x in here
-            ]
-    return found
+    return [
+        replace(x, **change)
+        for seed in (1, 2, 3, 4, 5)
+        for data in DATA
+        for change in changes[-1 if seed > 3 else 0 :]
+        for x in make(seed, data)
+    ]
 
 
 BLOCKS = (64, 256, 1024)

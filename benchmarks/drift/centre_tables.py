@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.drift.bank_tables import CHOSEN, EVERYWHERE, SHORT, plain_banks
+from benchmarks.drift.bank_tables import CHOSEN, SHORT, in_every_setting, plain_banks
 from benchmarks.drift.default_tables import DROPOUT
 from benchmarks.drift.families import DATA, banks, baselines
 from benchmarks.drift.settings import Setting
@@ -49,18 +49,15 @@ def centred() -> list[Setting]:
 
 def anysize() -> list[Setting]:
     """Probes and centred gradients with banks of any size, in every setting."""
-    changes = (*EVERYWHERE, {"row_weighting": "all"}, {})
-    found = []
-    for seed in (1, 2, 3, 4, 5):
-        for data in DATA:
-            here = plain_banks(seed, data) + [
+    return in_every_setting(
+        lambda seed, data: [
+            *plain_banks(seed, data),
+            *(
                 Setting(data, seed, bank=b, correction=c, options=o | SPREAD)
                 for b, c, o in (*_LARGE, *_SMALL)
-            ]
-            found += [
-                replace(x, **change) for change in changes[-1 if seed > 3 else 0 :] for x in here
-            ]
-    return found
+            ),
+        ]
+    )
 
 
 def centred_updates() -> list[Setting]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.drift.blocks import BlockMeans
+from benchmarks.drift.centre import centred
 from benchmarks.drift.data import Draws, upload
 from benchmarks.drift.loss import BankView
 
@@ -67,7 +68,7 @@ class Context:
 class Correction:
     """None: banked vectors stay what they were."""
 
-    centre: str | None = None  # of methods.CENTRES: over what gradients of passages sum to zero
+    centre: str | None = None  # of CENTRES: over what gradients of passages sum to zero
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -82,12 +83,7 @@ class Correction:
 
     def gradients(self, update: int, queries: Tensor, passages: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the loss with respect to (K, n, d) and (K, n, m, d), as they are to be used."""
-        if self.centre is None:
-            return queries, passages
-        if self.centre == "spread":
-            return queries, passages - _spread_evenly(passages)
-        over = (1, 2) if self.centre == "batch" else (0, 1, 2)
-        return queries, passages - passages.mean(over, keepdim=True)
+        return queries, passages if self.centre is None else centred(passages, self.centre)
 
     def before_step(self, update: int) -> None:
         pass
@@ -266,20 +262,6 @@ class Refresh(Mean):
         assert self.means is not None
         fresh = torch.cat([fresh_queries[:, None], fresh_passages], 1)
         self.centred[index] = fresh - self.means[-1]
-
-
-def _spread_evenly(passages: Tensor) -> Tensor:
-    """(K, 1, 1, d) to take from (K, n, m, d): what has come so far, spread over what is to come.
-
-    Micro-batch k knows the sums of those before it and its own alone. Nothing is left at the end.
-    """
-    k, n, m, d = passages.shape
-    sums, owed, taken = passages.sum((1, 2)), passages.new_zeros(d), []
-    for batch in range(k):
-        owed = owed + sums[batch]
-        taken.append(owed / (k - batch))
-        owed = owed - taken[-1]
-    return torch.stack(taken)[:, None, None] / (n * m)
 
 
 def running(before: Tensor | None, batches: Tensor, decay: float) -> Tensor:

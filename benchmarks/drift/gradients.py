@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.drift.centre import CENTRES
 from benchmarks.drift.data import DataSet, load
-from benchmarks.drift.methods import CENTRES
 from benchmarks.drift.report import markdown
 from benchmarks.drift.run import Run
 from benchmarks.drift.settings import Setting

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.drift import corrections, guards, transport
+from benchmarks.drift.centre import CENTRES
 
 CORRECTIONS: dict[str, Callable[..., corrections.Correction]] = {
     "none": corrections.Correction,
@@ -22,9 +23,6 @@ CORRECTIONS: dict[str, Callable[..., corrections.Correction]] = {
     "transport-batch": transport.TransportBatch,
     "transport-mean": transport.TransportMean,
 }
-
-
-CENTRES = ("batch", "spread", "update")
 
 
 def make(name: str, context: corrections.Context, options: dict) -> corrections.Correction:
