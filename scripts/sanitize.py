@@ -67,6 +67,9 @@ HISTORIES = {
     "portable-large": History(20, 16, 2, 30, F32, empty=True),  # a batch larger than the bank
     "library-32": History(2048, 512, 1, 128, F32),
     "library-16": History(2050, 1100, 1, 128, F16),  # and a short last block
+    "library-rebuild-32": History(1500, 64, 2, 8, F32, rebuild=True),
+    "library-rebuild-64": History(1500, 64, 1, 8, F64, both=True),
+    "library-rebuild-16": History(1500, 65, 2, 8, BF16, rebuild=True),
     "both-hopper": History(1344, 128, 1, 300, BF16, both=True),
     "both-small": History(600, 256, 2, 8, F16, both=True),
     "both-32": History(100, 48, 2, 8, F32, both=True),

@@ -106,10 +106,11 @@ struct Args {
   A* strip_part;          // (blocks, strips, rows): over the strips of other blocks
   A* group_part_expected;  // expected scores of the same, where they are kept
   A* strip_part_expected;
-  A* loss;        // ()
-  A* d_queries;   // (n, d)
-  A* d_passages;  // (n, m, d)
-  A* d_scale;     // ()
+  A* entry_scores;  // of a rebuild that leaves products to torch; null where none does
+  A* loss;          // ()
+  A* d_queries;     // (n, d)
+  A* d_passages;    // (n, m, d)
+  A* d_scale;       // ()
 
   __device__ A* row(RowState which) const { return row_state + int64_t(which) * capacity; }
   // Of expected scores: of a block, of a group, and one of the rows that follow.

@@ -296,6 +296,9 @@ void arrange_rebuild(const CudaStep& step, Arena& arena, Args<S>& a) {
   a.strips = 1;
   a.strip_groups = a.groups;
   take_parts(step, arena, a, a.rebuild_rows, a.blocks);
+  if (!rebuilds_by_library<S>(step, a.rebuild_rows)) return;
+  const RebuildPlan plan = plan_rebuild(step, a.rebuild_rows);
+  a.entry_scores = arena.take<A>(plan.rows * plan.blocks * step.layout.block * step.layout.m);
 }
 
 template <class S>

@@ -1,5 +1,6 @@
 // The products and kernels of a step that leaves its products to torch, in order.
 #include "arena.h"
+#include "entries_library.cuh"
 #include "library.cuh"
 #include "library.h"
 
@@ -275,6 +276,35 @@ void launch_library_rows(const Args<S>& a, const CudaStep& step, cudaStream_t st
   LibraryLauncher<S>(a, step, stream).rows();
 }
 
+template <class S>
+void launch_library_entries(const Args<S>& a, const CudaStep& step, int first_row,
+                            cudaStream_t stream) {
+  const Layout& y = step.layout;
+  const RebuildPlan plan = plan_rebuild(step, a.rebuild_rows);
+  const int64_t end_row = std::min<int64_t>(first_row + int64_t(a.rebuild_rows), y.capacity);
+  for (int64_t row = first_row; row < end_row; row += plan.rows) {
+    const int64_t rows = std::min(plan.rows, end_row - row);
+    for (int64_t b = 0; b < y.blocks(); b += plan.blocks) {
+      const int64_t end = std::min(b + plan.blocks, y.blocks());
+      const int64_t slots = std::min(end * y.block, y.capacity) - b * y.block;
+      const EntryChunk<S> chunk{first_row,    int(row),    int(rows),     int(b),
+                                int(end - b), slots * y.m, a.entry_scores};
+      step.multiply(step.device.index, {step.storage,
+                                        rows,
+                                        y.d,
+                                        chunk.columns,
+                                        {a.queries + row * y.d, y.d, false},
+                                        {a.passages + b * y.block * y.m * y.d, y.d, true},
+                                        a.entry_scores});
+      const auto blocks = unsigned(ceil_div(rows, kWarps));
+      if (b == 0) score_own<S><<<blocks, kThreads, 0, stream>>>(a, int(row), int(rows));
+      (step.options.keep_expected
+           ? sum_scores<S, true>
+           : sum_scores<S, false>)<<<dim3(blocks, chunk.blocks), kThreads, 0, stream>>>(a, chunk);
+    }
+  }
+}
+
 template size_t library_bytes<float>(const CudaStep&);
 template size_t library_bytes<double>(const CudaStep&);
 template size_t library_bytes<Bf16>(const CudaStep&);
@@ -287,5 +317,10 @@ template void launch_library_rows<float>(const Args<float>&, const CudaStep&, cu
 template void launch_library_rows<double>(const Args<double>&, const CudaStep&, cudaStream_t);
 template void launch_library_rows<Bf16>(const Args<Bf16>&, const CudaStep&, cudaStream_t);
 template void launch_library_rows<F16>(const Args<F16>&, const CudaStep&, cudaStream_t);
+template void launch_library_entries<float>(const Args<float>&, const CudaStep&, int, cudaStream_t);
+template void launch_library_entries<double>(const Args<double>&, const CudaStep&, int,
+                                             cudaStream_t);
+template void launch_library_entries<Bf16>(const Args<Bf16>&, const CudaStep&, int, cudaStream_t);
+template void launch_library_entries<F16>(const Args<F16>&, const CudaStep&, int, cudaStream_t);
 
 }  // namespace contaccum

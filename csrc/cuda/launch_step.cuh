@@ -197,8 +197,12 @@ class Launcher {
     Args<S> a = a_;
     arrange_rebuild(step_, arena, a);
     const int64_t columns = columns_of_entries<S>(step_, a.rebuild_rows, a.capacity);
+    const bool library = which == Entries::before && rebuilds_by_library<S>(step_, a.rebuild_rows);
     for (int row = 0; row < a.capacity; row += a.rebuild_rows) {
-      score_entries_of(a, {which, row, a.rebuild_rows, a.blocks, columns});
+      if (library)
+        launch_library_entries<S>(a, step_, row, stream_);
+      else
+        score_entries_of(a, {which, row, a.rebuild_rows, a.blocks, columns});
       (step_.options.keep_expected
            ? enter_rows<S, true>
            : enter_rows<S, false>)<<<a.rebuild_rows, kEnterThreads, 0, stream_>>>(a, which, row, 0);

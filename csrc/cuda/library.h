@@ -64,8 +64,13 @@ inline bool may_exceed(const LibraryPlan& plan, const Layout& y) {
 
 // The portable kernels reach 6 TFLOP/s on the 132 processors of an H100. An estimate: products take
 // an eighth of their time, each launch 3 us more.
-inline bool library_pays(const CudaStep& step) {
+inline bool products_pay(const CudaStep& step, double operations, double launches) {
   constexpr double kRate = 6e12 / 132, kGain = 8, kLaunch = 3e-6;
+  const double seconds = operations / (kRate * step.device.multiprocessors);
+  return seconds * (1 - 1 / kGain) > launches * kLaunch;
+}
+
+inline bool library_pays(const CudaStep& step) {
   const Layout& y = step.layout;
   const LibraryPlan p = plan_library(step);
   const int64_t n = step.batch.n, columns = n * y.m;
@@ -76,9 +81,8 @@ inline bool library_pays(const CudaStep& step) {
   const double launches = (step.options.use_offsets ? 12 : 6) * query_chunks +
                           row_chunks * (3 + 2 * double(ceil_div(columns, p.sums))) + 6;
   const double products = step.options.with_grad ? 8 : 4;
-  const double seconds = products * double(y.d) * double(columns) * double(n + y.capacity) /
-                         (kRate * step.device.multiprocessors);
-  return seconds * (1 - 1 / kGain) > launches * kLaunch;
+  return products_pay(step, products * double(y.d) * double(columns) * double(n + y.capacity),
+                      launches);
 }
 
 // Where no tensor-core kernel applies and there is work enough, or no other family is allowed. The
@@ -92,8 +96,44 @@ bool takes_library(const CudaStep& step) {
   return !kernels_allowed(kPortableKernels) || library_pays(step);
 }
 
+// Of the table, when it is rebuilt before the step: `rows` rows against `blocks` blocks at once.
+struct RebuildPlan {
+  int64_t rows, blocks;
+};
+
+inline RebuildPlan plan_rebuild(const CudaStep& step, int64_t rows) {
+  const Layout& y = step.layout;
+  const int64_t scores = kScoreBytes / (step.storage == Storage::f64 ? 8 : 4);
+  const int64_t columns = y.block * y.m;
+  RebuildPlan p{};
+  p.rows = std::min(rows, std::max<int64_t>(kRowsLibrary, scores / columns));
+  p.blocks = std::max<int64_t>(1, std::min(y.blocks(), scores / (p.rows * columns)));
+  return p;
+}
+
+// `rows`: that are entered together. Where the batch is in already, a product that throws would
+// leave a bank whose table does not fit it: such a rebuild is for other kernels.
+template <class S>
+bool rebuilds_by_library(const CudaStep& step, int64_t rows) {
+  const Layout& y = step.layout;
+  if (step.options.rebuild != Rebuild::table || y.capacity == 0) return false;
+  if (!kernels_allowed(kLibraryKernels) || takes_entries_mma<S>(step)) return false;
+  if (std::is_same_v<S, Bf16> && step.device.compute_capability < 80) return false;
+  if (!kernels_allowed(kPortableKernels)) return true;
+  const RebuildPlan p = plan_rebuild(step, rows);
+  const double chunks = double(ceil_div(y.capacity, p.rows));
+  const double launches = chunks * (1 + 2 * double(ceil_div(y.blocks(), p.blocks)));
+  const double scores = double(y.m) * double(y.capacity) * double(y.capacity);
+  return products_pay(step, 2 * double(y.d) * scores, launches);
+}
+
 template <class S>
 size_t library_bytes(const CudaStep& step);
+
+// score_entries() in entries.cuh, for a rebuild of rows from first_row on before the step.
+template <class S>
+void launch_library_entries(const Args<S>& a, const CudaStep& step, int first_row,
+                            cudaStream_t stream);
 
 // The query side: attend_queries() in attend.cuh.
 template <class S>
