@@ -92,13 +92,19 @@ class BankState(nn.Module):
             return ops.REBUILD_WINDOW
         return ops.REBUILD_NOTHING
 
-    def vectors_changed(self) -> None:
-        """Note that banked vectors are no longer those of the table: rebuild it before use."""
-        self._scale = None
-        self.restore_mirror()
+    def vectors_changed(self, rebuild: bool = True) -> None:
+        """Note that banked vectors are no longer those of the table.
+
+        Args:
+            rebuild: compute the table anew before it is used; otherwise it stays as it is, and with
+                it the scores among banked vectors.
+        """
+        if rebuild:
+            self._scale = None
+        self.restore_mirror(rebuild)
 
     @torch.no_grad()
-    def restore_mirror(self) -> None:
+    def restore_mirror(self, rebuild: bool = True) -> None:
         """Give the mirror, if there is one, what this bank holds; its table is rebuilt later."""
         mirror = self.mirror
         if mirror is None:
@@ -109,7 +115,8 @@ class BankState(nn.Module):
         mirror.cursor.copy_(self.cursor)
         mirror.means.copy_(self.means[:, :2].flip(1))
         mirror._has_ids, mirror._manual_offsets = self._has_ids, self._manual_offsets
-        mirror._scale = None
+        if rebuild:
+            mirror._scale = None
 
     def accept(self, scale: float, window_blocks: int, has_ids: bool | None) -> None:
         """Note that the op has succeeded: its table fits, and ids were given or not."""

@@ -10,6 +10,8 @@ from torch import Tensor
 from contaccum_ext import validation
 from contaccum_ext.bank import DualMemoryBank
 
+REBUILD_PARTS = 32  # of a bank: its table is rebuilt when one of them has been written
+
 
 class SlotStaleness:
     """Adds up the errors of the maps that each slot has been through; the window ends at a limit.
@@ -20,6 +22,9 @@ class SlotStaleness:
     How many slots are new is read off the bank. Its cursor alone does not tell a whole lap from
     nothing, nor what came after ``clear``; but the newest query of last time stands where it stood
     in all other cases, and in none of these.
+
+    A rebuild of the bank's table takes O(F^2). It is due whenever a 32nd of the filled slots has
+    been written since the last one, which makes it O(F) for each slot.
 
     Args:
         bank: moved by someone else, with `transport`.
@@ -40,6 +45,7 @@ class SlotStaleness:
         self._head = 0
         self._written: list[int] = []  # slots, by moves, the last first; never 0
         self._stale: list[float] = []  # theirs
+        self._unscored = 0  # slots written since the table was rebuilt
 
     def note_written(self) -> None:
         """Take in the slots written since the last call, as fresh; before the bank is moved."""
@@ -47,19 +53,27 @@ class SlotStaleness:
         if written:
             self._written.insert(0, written)
             self._stale.insert(0, 0.0)
+            self._unscored += written
         while self._written and sum(self._written[:-1]) >= len(self.bank):
             self._written.pop()
             self._stale.pop()
         self._mark()
 
-    def age(self, error: float) -> None:
+    def rebuild_due(self) -> bool:
+        """Whether the table is to be rebuilt with the next move; after `note_written`."""
+        return REBUILD_PARTS * self._unscored >= len(self.bank)
+
+    def age(self, error: float, rebuilt: bool = True) -> None:
         """Note that all slots have been moved by a map with that error; set the window.
 
         What was written last stays in use however stale it is, and so does a whole block.
 
         Args:
             error: as `transport` returns it, in spreads of fresh vectors.
+            rebuilt: the table follows.
         """
+        if rebuilt:
+            self._unscored = 0
         self._stale = [stale + error for stale in self._stale]
         self._mark()
         if self.limit is None and self.widest is None:
@@ -113,9 +127,11 @@ class SlotStaleness:
             "head": self._head,
             "written": self._written[:],
             "stale": self._stale[:],
+            "unscored": self._unscored,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what ``state_dict`` gave; nothing for a bank that has never been moved."""
         self._newest, self._head = state.get("newest"), state.get("head", 0)
         self._written, self._stale = state.get("written", [])[:], state.get("stale", [])[:]
+        self._unscored = state.get("unscored", 0)

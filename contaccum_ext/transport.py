@@ -87,6 +87,7 @@ def transport(
     *,
     ridge: float = 0.1,
     normalize: bool = True,
+    rebuild: bool = True,
 ) -> Tensor:
     """Move all banked vectors as an optimizer step has moved the probes.
 
@@ -97,8 +98,10 @@ def transport(
     is replaced by its image; errors of the fit then add up unchecked, and with dot products models
     have fled along them (docs/drift.md).
 
-    The table is rebuilt when the bank is next used, in O(F^2): once an update, not once a
-    micro-batch.
+    Scores of local vectors are always with moved ones. Those among banked vectors are in the table,
+    which by default is rebuilt when the bank is next used, in O(F^2). With ``rebuild=False`` it
+    stays as it is: a score in it is of the vectors as they were when it was last computed, at a
+    rebuild, when the younger of the two came, or while head passed by a block before it.
 
     Args:
         bank: with either drift.
@@ -110,6 +113,7 @@ def transport(
         ridge: in units of the mean eigenvalue of the probes' Gram matrix; larger trusts them less.
         normalize: for encoders that bring their vectors to length 1: with ``drift="none"`` moved
             ones are brought there too. With "mean" it makes no difference.
+        rebuild: whether scores among banked vectors follow at once.
 
     Returns:
         () the larger of the two ``Displacement.error``: how far moved vectors may be off, in
@@ -121,6 +125,7 @@ def transport(
     """
     validation.instance("bank", bank, DualMemoryBank)
     ridge = validation.positive("ridge", ridge)
+    validation.instance("rebuild", rebuild, bool)
     pairs = [
         _pair(bank, "queries", old_queries, new_queries),
         _pair(bank, "passages", old_passages, new_passages),
@@ -130,12 +135,14 @@ def transport(
         _turn(bank, fields)
     else:
         _move(bank, fields, normalize)
-    bank.vectors_changed()
+    bank.vectors_changed(rebuild)
     return torch.stack([field.error for field in fields]).max()
 
 
 def transport_slots(slots: SlotStaleness, old: Vectors, new: Vectors, **options: Any) -> None:
     """`transport` the bank whose slots these are, and note how stale that makes them.
+
+    The table is rebuilt once a 32nd of the bank has been written since it last was.
 
     Args:
         slots: of the bank; they set its window.
@@ -144,8 +151,9 @@ def transport_slots(slots: SlotStaleness, old: Vectors, new: Vectors, **options:
         options: ridge and normalize of `transport`.
     """
     slots.note_written()
-    error = transport(slots.bank, old[0], new[0], old[1], new[1], **options)
-    slots.age(float(error))
+    rebuild = slots.rebuild_due()
+    error = transport(slots.bank, old[0], new[0], old[1], new[1], rebuild=rebuild, **options)
+    slots.age(float(error), rebuild)
 
 
 def _chunks(bank: DualMemoryBank) -> Iterator[tuple[slice, Tensor]]:

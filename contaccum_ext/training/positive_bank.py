@@ -9,7 +9,7 @@ from torch import Tensor
 
 from contaccum_ext.bank import DualMemoryBank
 from contaccum_ext.functional import contaccum_loss
-from contaccum_ext.ops import ROW_LSE, center_gradients_
+from contaccum_ext.ops import POSITIVE, ROW_LSE, center_gradients_
 
 
 def positive_bank_loss(
@@ -100,7 +100,8 @@ def _banked_rows(
     scores: Tensor, column_ids: Tensor | None, bank: DualMemoryBank, scale: float, banks: str
 ) -> Tensor:
     """(F,) losses of banked rows with scores (F, nm) of local columns; of use for those in use."""
-    target_scores = scale * (bank.queries() * bank.passages()[:, 0]).sum(1)
+    # From the table, which need not follow every move of the vectors.
+    target_scores = bank.row_state[POSITIVE][bank.slots()]
     among_banked = target_scores
     if banks == "both":
         among_banked = bank.row_state[ROW_LSE][bank.slots()]  # over the window
