@@ -87,12 +87,17 @@ def correction_options(drift: str, micro_batches: int | None) -> dict[str, Any]:
 
 
 def auto_drift(capacity: int, update_size: int) -> str:
-    """The correction that suits a bank: "mean" for a few updates' worth of slots, else "transport".
+    """The correction that suits a bank: the further old vectors are off, the more is done.
+
+    "none" up to an update's worth of slots, where the mean's shift gains nothing and once lost a
+    little; "mean" up to two, or eight small ones; "transport" beyond.
 
     Args:
         capacity: slots of the bank.
         update_size: examples per optimizer update, n * K.
     """
+    if capacity <= update_size:
+        return "none"
     small = update_size < SMALL_UPDATE
     widest = AUTO_SMALL_UPDATES if small else WIDEST_MEAN_UPDATES
     return "mean" if capacity <= widest * update_size else "transport"
@@ -162,7 +167,7 @@ def width_warnings(capacity: int, update_size: int, drift: str, *, centered: boo
             f"rest of the drift costs retrieval quality; set drift=transport, or bank_size to at "
             f"most {WIDEST_CORRECTED_BANK_UPDATES * update_size}, or lower learning_rate"
         ]
-    if drift == "mean" and auto_drift(capacity, update_size) != "mean":
+    if drift == "mean" and auto_drift(capacity, update_size) == "transport":
         return [
             f"{age}: drift=mean corrects the shift of the mean only; such banks lost up to 0.07 "
             f"NDCG@10 after 40 updates (docs/drift.md); set drift=auto, or bank_size to at most "

@@ -11,6 +11,7 @@ from tiny_retriever import assert_same_weights, weights
 from trainer_parts import make_trainer as make_resting_trainer
 
 import contaccum_ext as ca
+from contaccum_ext.bank_size import auto_drift, width_warnings
 
 SETTINGS = {"drift": "transport", "drift_probes": 10, "bank_size": 24, "drift_ridge": 0.2}
 
@@ -141,7 +142,14 @@ def test_the_window_and_the_staleness_are_in_the_metrics(two_towers, tmp_path):
 
 
 def test_an_automatic_correction_follows_only_a_bank_of_many_updates(two_towers, tmp_path):
-    """Eight updates are 64 slots here."""
+    """An update is 8 slots here, eight are 64; large updates are followed beyond two."""
+    plain = make_trainer(two_towers, tmp_path / "plain", drift="auto", bank_size=8)
+    assert plain.probes is None and plain.method.bank.drift == "none"
+    assert plain.method.scoring.center_over is not None
+    assert [auto_drift(slots, 128) for slots in (128, 129, 256, 257)] == [
+        *("none", "mean", "mean", "transport")
+    ]
+    assert not width_warnings(8, 8, "mean", centered=True)
     near = make_trainer(two_towers, tmp_path / "near", drift="auto", bank_size=64)
     far = make_trainer(two_towers, tmp_path / "far", drift="auto", bank_size=65)
     assert near.probes is None and near.method.bank.drift == "mean"

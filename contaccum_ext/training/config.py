@@ -62,9 +62,9 @@ class TrainConfig:
         "auto",
         choice("auto", "none", "mean", "transport"),
         "correction of banked vectors for the model's movement; transport encodes drift_probes "
-        "queries and as many passages once more after every update; auto = mean for bank_size up "
-        f"to {WIDEST_MEAN_UPDATES} * n * K, or {AUTO_SMALL_UPDATES} * n * K where n * K < "
-        f"{SMALL_UPDATE}, else transport",
+        "queries and as many passages once more after every update; auto = none for bank_size up "
+        f"to n * K, mean up to {WIDEST_MEAN_UPDATES} * n * K, or {AUTO_SMALL_UPDATES} * n * K "
+        f"where n * K < {SMALL_UPDATE}, else transport",
     )
     drift_probes: int = _setting(64, integer(1), "of transport; more follow the model more closely")
     drift_ridge: float = _setting(0.1, POSITIVE, "of transport; more trusts the probes less")
