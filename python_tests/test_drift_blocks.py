@@ -10,7 +10,7 @@ from test_drift_loss import TOLERANCE, context, cut, drawn, sequential
 
 from benchmarks.drift.blocks import BlockMeans
 from benchmarks.drift.corrections import History
-from benchmarks.drift.loss import LossShape, update_loss
+from benchmarks.drift.loss import LossShape, Seen, update_loss
 from benchmarks.drift.methods import make
 from contaccum_ext import reference
 from contaccum_ext.layout import BankLayout
@@ -76,7 +76,7 @@ def test_equals_the_reference_with_blocks(block, capacity, m):
         correction.after_encode(update, *cut(slots, update))
         view = correction.before_loss(update)
         leaves = [x.requires_grad_() for x in cut(slots, update)]
-        loss = update_loss(*leaves, ids[slots.view(update)], view, shape)
+        loss = update_loss(*leaves, Seen(ids[slots.view(update)], view, shape))
         ours = loss, *torch.autograd.grad(loss, leaves)
         theirs = sequential(slots, ids, update, shape, "mean", layout)
         for one, other in zip(ours, theirs, strict=True):

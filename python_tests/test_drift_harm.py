@@ -11,6 +11,7 @@ from benchmarks.drift.bank_tables import CHOSEN
 from benchmarks.drift.centre_tables import SPREAD
 from benchmarks.drift.report import brief
 from benchmarks.drift.settings import Setting, from_row
+from benchmarks.drift.side_tables import alike, both_ways, rebuilt
 from benchmarks.drift.summary import amounts, shared, summary
 
 ROOT = Path(__file__).parents[1]
@@ -106,4 +107,6 @@ def test_the_page_holds_what_the_rows_give():
         assert summary(done.values(), data) in page
         assert amounts(done.values(), data) in page
         assert shared(done.values(), data) in page
+        for table in (rebuilt, alike, both_ways):
+            assert table(done.values(), data) in page, table.__name__
     assert all(part in page for part in harm.harm(list(done.values())).split("\n\n"))

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from benchmarks.drift.corrections import Context, History, MeanAll, running
-from benchmarks.drift.loss import BankView, LossShape, update_loss
+from benchmarks.drift.loss import BankView, LossShape, Seen, update_loss
 from benchmarks.drift.methods import make
+from benchmarks.drift.objective import Objective
 from contaccum_ext import reference
 from contaccum_ext.layout import BankLayout
 
@@ -40,7 +41,7 @@ def cut(history: History, update: int) -> tuple[torch.Tensor, torch.Tensor]:
     return queries.unflatten(0, (K, N)), passages.unflatten(0, (K, N))
 
 
-def sequential(history, ids, update, shape, drift, layout=None):
+def sequential(history, ids, update, shape, drift, layout=None, **options):
     """Losses and gradients of the reference, which has seen all slots before the update."""
     m = history.passages.shape[1]
     layout = layout or BankLayout(1, 1, 1)
@@ -62,6 +63,7 @@ def sequential(history, ids, update, shape, drift, layout=None):
                 1 / shape.scale,
                 ids[start : start + N],
                 shape.row_weighting,
+                **options,
             )
         )
     loss = torch.stack(losses).mean()
@@ -82,7 +84,7 @@ def test_equals_the_reference_with_every_history(drift, weighting, m, capacity):
         view = correction.before_loss(update)
         queries.requires_grad_()
         passages.requires_grad_()
-        loss = update_loss(queries, passages, ids[history.view(update)], view, shape)
+        loss = update_loss(queries, passages, Seen(ids[history.view(update)], view, shape))
         gradients = torch.autograd.grad(loss, [queries, passages])
         for ours, theirs in zip(
             (loss, *gradients), sequential(history, ids, update, shape, drift), strict=True
@@ -90,10 +92,52 @@ def test_equals_the_reference_with_every_history(drift, weighting, m, capacity):
             torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("drift", ["none", "mean"])
+@pytest.mark.parametrize("centre", [None, "spread"])
+@pytest.mark.parametrize("m", [1, 2])
+def test_both_directions_equal_the_reference(drift, centre, m):
+    history, ids = drawn(4, m, 10)
+    shape = LossShape(3.0, 10)
+    correction = make(drift, context(history), {"centre": centre, "symmetric": True})
+    objective = Objective(correction, symmetric=True)
+    both = {"symmetric": True, "center_over": K if centre else None}
+    for update in range(4):
+        queries, passages = cut(history, update)
+        correction.after_encode(update, queries, passages)
+        seen = Seen(ids[history.view(update)], correction.before_loss(update), shape)
+        loss, gradients = objective(update, queries, passages, seen)
+        expected = sequential(history, ids, update, shape, drift, **both)
+        for ours, theirs in zip((loss, *gradients), expected, strict=True):
+            torch.testing.assert_close(ours, theirs.detach(), rtol=0, atol=TOLERANCE)
+
+
+def test_both_directions_without_a_bank_equal_the_reference():
+    history, ids = drawn(1, 2, 0)
+    queries, passages = (x.requires_grad_() for x in cut(history, 0))
+    seen = Seen(ids, None, LossShape(3.0, 0))
+    loss, gradients = Objective(None, symmetric=True)(0, queries, passages, seen)
+    theirs = torch.stack(
+        [
+            reference.contaccum_loss(
+                queries[k],
+                passages[k],
+                None,
+                1 / 3,
+                ids[k * N : (k + 1) * N],
+                symmetric=True,
+            )
+            for k in range(K)
+        ]
+    ).mean()
+    expected = (theirs, *torch.autograd.grad(theirs, (queries, passages)))
+    for ours, other in zip((loss, *gradients), expected, strict=True):
+        torch.testing.assert_close(ours, other.detach(), rtol=0, atol=TOLERANCE)
+
+
 def test_without_a_bank_equals_the_reference():
     history, ids = drawn(1, 2, 0)
     queries, passages = cut(history, 0)
-    ours = update_loss(queries, passages, ids, None, LossShape(3.0, 0))
+    ours = update_loss(queries, passages, Seen(ids, None, LossShape(3.0, 0)))
     theirs = [
         reference.contaccum_loss(queries[k], passages[k], None, 1 / 3, ids[k * N : (k + 1) * N])
         for k in range(K)
@@ -117,7 +161,7 @@ def test_a_shift_and_a_gain_are_applied_where_banked_meets_local():
     found = []
     for view in (applied, beforehand):
         leaves = [x.requires_grad_() for x in cut(history, 1)]
-        loss = update_loss(*leaves, ids[slots], view, shape)
+        loss = update_loss(*leaves, Seen(ids[slots], view, shape))
         found.append((loss, *torch.autograd.grad(loss, leaves)))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
@@ -132,9 +176,8 @@ def test_bias_weighs_banked_negatives_and_spares_targets():
     vectors = history.queries[slots], history.passages[slots]
     bias = torch.full((len(vectors[0]),), -torch.inf, dtype=torch.float64)
     shape = LossShape(3.0, 6)
-    ours = update_loss(
-        queries, passages, ids[slots], BankView(*vectors, *vectors, bias=bias), shape
-    )
+    view = BankView(*vectors, *vectors, bias=bias)
+    ours = update_loss(queries, passages, Seen(ids[slots], view, shape))
     losses = []
     for k in range(K):
         local = 3.0 * queries[k] @ passages[k, :, 0].T
@@ -152,9 +195,9 @@ def test_banked_scores_in_chunks_are_the_same(monkeypatch):
     queries, passages = cut(history, 2)
     slots = history.view(2)
     view = BankView(*(history.queries[slots], history.passages[slots]) * 2)
-    whole = update_loss(queries, passages, ids[slots], view, LossShape(3.0, 8))
+    whole = update_loss(queries, passages, Seen(ids[slots], view, LossShape(3.0, 8)))
     monkeypatch.setattr("benchmarks.drift.loss._CHUNK", 3 * len(view.queries) * 2)
-    parts = update_loss(queries, passages, ids[slots], view, LossShape(3.0, 8))
+    parts = update_loss(queries, passages, Seen(ids[slots], view, LossShape(3.0, 8)))
     torch.testing.assert_close(parts, whole, rtol=0, atol=TOLERANCE)
 
 
@@ -162,7 +205,7 @@ def test_refuses_a_capacity_that_cuts_a_micro_batch():
     history, ids = drawn(1, 1, 3)
     view = BankView(*(history.queries, history.passages) * 2)
     with pytest.raises(ValueError, match="whole groups of n = 2, got 6, 3"):
-        update_loss(*cut(history, 0), ids, view, LossShape(1.0, 3))
+        update_loss(*cut(history, 0), Seen(ids, view, LossShape(1.0, 3)))
 
 
 def test_running_means_are_those_of_one_batch_after_the_other():

@@ -17,7 +17,8 @@ from benchmarks.drift import methods
 from benchmarks.drift.data import draw, load
 from benchmarks.drift.default_tables import LIBRARY, TURNED
 from benchmarks.drift.encoder import _attend, _attend_packed, build
-from benchmarks.drift.loss import update_loss
+from benchmarks.drift.loss import Seen, update_loss
+from benchmarks.drift.momentum_tables import MOMENTUM
 from benchmarks.drift.prepare import prepare
 from benchmarks.drift.run import Run, run, traced
 from benchmarks.drift.settings import Setting
@@ -27,7 +28,7 @@ CPU = torch.device("cpu")
 FOLLOWING = [("follow", options) for options in FOLLOW[:2]]
 FOLLOWING += [("follow-mean", LIBRARY), ("follow-mean", TURNED)]
 SHARED = [("mean", {"block": 16}), ("follow-mean", LIBRARY | {"block": 8})]
-TRIED = (*IDEAS, *GUARDS, *FOLLOWING, *SHARED)
+TRIED = (*IDEAS, *GUARDS, *FOLLOWING, *SHARED, *MOMENTUM)
 TINY = {"layers": 1, "n": 4, "accumulation": 2, "learning_rate": 1e-3, "bf16": False, "epochs": 4}
 
 
@@ -119,7 +120,7 @@ def sequential_gradients(one: Run, update: int) -> list[torch.Tensor]:
         passages[number] = one.towers.passage(
             one.data.corpus.pack(one.draws.passages[slots].reshape(-1))
         ).unflatten(0, (n, 2))
-        update_loss(queries, passages, ids, view, one.shape).backward()
+        update_loss(queries, passages, Seen(ids, view, one.shape)).backward()
     return [p.grad.clone() for p in one.towers.parameters()]
 
 

@@ -17,7 +17,11 @@ _LARGE: tuple[tuple[int, str, dict[str, Any]], ...] = (
     (512, "follow-mean", CHOSEN),
     (4096, "follow-mean", CHOSEN),
 )
-_SMALL: tuple[tuple[int, str, dict[str, Any]], ...] = ((128, "none", {}), (256, "mean", {}))
+_SMALL: tuple[tuple[int, str, dict[str, Any]], ...] = (
+    (128, "none", {}),
+    (128, "mean", {}),
+    (256, "mean", {}),
+)
 _STALE: tuple[tuple[int, str, dict[str, Any]], ...] = (
     (1024, "none", {}),
     (1024, "mean", {}),
@@ -99,7 +103,8 @@ def centred_updates() -> list[Setting]:
 def largest() -> list[Setting]:
     """Centred gradients with banks as large as the training set, and where training overfits.
 
-    "narrow" has a large bank for the first three of ten epochs, four updates of slots afterwards.
+    "narrow" has a large bank for the first three of ten epochs, four updates of slots afterwards;
+    with row weights 1/(n + F), four updates of its slots from the beginning.
     """
     found = []
     for seed in (1, 2, 3):
@@ -110,6 +115,8 @@ def largest() -> list[Setting]:
             if seed < 3:
                 found += [replace(x, **c) for c in ({}, *SHORT[:2]) for x in (*plain, one)]
             found += [replace(x, epochs=10) for x in (*plain, narrow)]
+            always = replace(narrow, options=one.options | {"narrow": 0.0})
+            found += [replace(x, row_weighting="all") for x in (*plain, always)]
         if seed < 3:
             found.append(replace(one, data="squad_sent", bank=1024, epochs=10))
     return found

@@ -4,6 +4,7 @@ A correction is a class with hooks; `run.Run` calls them in this order in every 
 
     after_encode   the update's vectors are there and written to the history
     before_loss    returns the bank as the loss is to see it
+    loss           of the update, then `gradients`
     before_step    gradients are there, the weights still those of this update
     after_step     the weights are new
 
@@ -17,12 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.drift.blocks import BlockMeans
 from benchmarks.drift.centre import centred
 from benchmarks.drift.data import Draws, upload
-from benchmarks.drift.loss import BankView
+from benchmarks.drift.loss import BankView, Seen, update_loss
 
 
 @dataclass
@@ -52,23 +53,24 @@ class Context:
 
     history: History
     draws: Draws
-    # Training queries, and passages, by the weights as they are; the second argument: dropout
-    encode_queries: Callable[[np.ndarray, bool], Tensor]
-    encode_passages: Callable[[np.ndarray, bool], Tensor]
+    # Training queries, and passages; with dropout or not; by other towers than those trained
+    encode_queries: Callable[..., Tensor]
+    encode_passages: Callable[..., Tensor]
     normalized: bool  # vectors have length 1
     seed: int
     device: torch.device
+    towers: nn.Module | None = None  # those that are trained
 
-    def encode_slots(self, slots: np.ndarray, dropout: bool = False) -> tuple[Tensor, Tensor]:
+    def encode_slots(self, slots: np.ndarray, dropout=False, *towers) -> tuple[Tensor, Tensor]:
         """(S, d) and (S, m, d)."""
-        queries = self.encode_queries(self.draws.queries[slots], dropout)
-        return queries, self.encode_passages(self.draws.passages[slots], dropout)
+        queries = self.encode_queries(self.draws.queries[slots], dropout, *towers)
+        return queries, self.encode_passages(self.draws.passages[slots], dropout, *towers)
 
 
 class Correction:
     """None: banked vectors stay what they were."""
 
-    centre: str | None = None  # of CENTRES: over what gradients of passages sum to zero
+    centre: str | None = None  # of CENTRES: over what gradients of columns sum to zero
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -80,6 +82,10 @@ class Correction:
     def before_loss(self, update: int) -> BankView:
         queries, passages = self._now(update)
         return BankView(queries, passages, queries, passages)
+
+    def loss(self, queries: Tensor, passages: Tensor, seen: Seen) -> Tensor:
+        """() of an update; see `update_loss`."""
+        return update_loss(queries, passages, seen)
 
     def gradients(self, update: int, queries: Tensor, passages: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the loss with respect to (K, n, d) and (K, n, m, d), as they are to be used."""
@@ -111,7 +117,7 @@ class Oracle(Correction):
     def after_encode(self, update: int, queries: Tensor, passages: Tensor) -> None:
         bank = self.history.bank(update)
         if bank:
-            slots = np.arange(*_ends(bank))
+            slots = np.arange(bank.start, bank.stop)
             fresh_queries, fresh_passages = self.context.encode_slots(slots, self.dropout)
             self.history.queries[bank.start : bank.stop] = fresh_queries
             self.history.passages[bank.start : bank.stop] = fresh_passages
@@ -143,14 +149,14 @@ class Mean(Correction):
         self.decay, self.current = decay, current
         self.blocks = None if block is None else BlockMeans(self.history, block)
         self.means: Tensor | None = None  # (K + 1, 1 + m, d): before and after each micro-batch
-        self.centred = _stacked(self.history).zero_()  # (examples, 1 + m, d): vector less its mean
+        self.centred = stacked(self.history).zero_()  # (examples, 1 + m, d): vector less its mean
 
     def after_encode(self, update: int, queries: Tensor, passages: Tensor) -> None:
         batches = torch.cat([queries[:, :, None], passages], 2).mean(1)  # (K, 1 + m, d)
         self.means = running(self.means, batches, self.decay)
         own = slice(self.history.bank(update).stop, self.history.view(update).stop)
         at_enqueue = self.means[1:].repeat_interleave(self.history.n, 0)
-        self.centred[own] = _stacked(self.history, own) - at_enqueue
+        self.centred[own] = stacked(self.history, own) - at_enqueue
         if self.blocks:
             self.blocks.enqueue(own, self.means[1:])
 
@@ -192,7 +198,7 @@ class Moments(Correction):
         super().__init__(context)
         self.decay = decay
         self.moments: Tensor | None = None  # (K + 1, 2, 1 + m, d): means of v and of v squared
-        self.standard = _stacked(self.history).zero_()  # (examples, 1 + m, d): mean 0, deviation 1
+        self.standard = stacked(self.history).zero_()  # (examples, 1 + m, d): mean 0, deviation 1
 
     def after_encode(self, update: int, queries: Tensor, passages: Tensor) -> None:
         vectors = torch.cat([queries[:, :, None], passages], 2)
@@ -200,7 +206,7 @@ class Moments(Correction):
         self.moments = running(self.moments, batches, self.decay)
         own = slice(self.history.bank(update).stop, self.history.view(update).stop)
         gain, shift = (x[1:].repeat_interleave(self.history.n, 0) for x in self._affine())
-        self.standard[own] = (_stacked(self.history, own) - shift) / gain
+        self.standard[own] = (stacked(self.history, own) - shift) / gain
 
     def _affine(self) -> tuple[Tensor, Tensor]:
         """Standard deviations and means, (K + 1, 1 + m, d) each."""
@@ -286,10 +292,6 @@ def running(before: Tensor | None, batches: Tensor, decay: float) -> Tensor:
     return (weights @ values).to(batches.dtype).reshape(k + 1, *batches.shape[1:])
 
 
-def _stacked(history: History, slots: slice = slice(None)) -> Tensor:
+def stacked(history: History, slots: slice = slice(None)) -> Tensor:
     """(slots, 1 + m, d): query and passages together, a copy."""
     return torch.cat([history.queries[slots, None], history.passages[slots]], 1)
-
-
-def _ends(slots: range) -> tuple[int, int]:
-    return slots.start, slots.stop

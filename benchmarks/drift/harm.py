@@ -41,7 +41,8 @@ def harm(done: Sequence[rows.Row]) -> str:
     Args:
         done: rows; banks beyond one update are looked at where the plain one was run too.
             `follow` and `follow-mean` are left out: their window is chosen by none of the signs and
-            hides what these would show.
+            hides what these would show; and what is no matter of old vectors, momentum encoders'
+            keys and losses in both directions.
     """
     plain: dict[str, list[float]] = {}
     for row in done:
@@ -52,7 +53,7 @@ def harm(done: Sequence[rows.Row]) -> str:
     for row in done:
         setting = from_row(row["setting"])
         base = plain.get(_plain(setting).without_seed())
-        if setting.correction.startswith("follow"):
+        if setting.correction.startswith(("follow", "momentum")) or "symmetric" in setting.options:
             continue
         if setting.bank > setting.update_size and base and row["trace"]:
             signs = {name: _worst(row["trace"], sign) for name, sign in SIGNS.items()}

@@ -16,7 +16,7 @@ micro-batch.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,21 @@ class BankView:
             return vectors
         return vectors + (self.shift[k] if self.part is None else self.shift[k, self.part[slots]])
 
+    def exchanged(self) -> BankView:
+        """Positives for queries, queries for passages."""
+        shift, gain = (
+            None if x is None else x[..., :2, :].flip(-2) for x in (self.shift, self.gain)
+        )
+        return replace(
+            self,
+            queries=self.passages[:, 0],
+            passages=self.queries[:, None],
+            frozen_queries=self.frozen_passages[:, 0],
+            frozen_passages=self.frozen_queries[:, None],
+            shift=shift,
+            gain=gain,
+        )
+
 
 @dataclass(frozen=True)
 class LossShape:
@@ -62,25 +77,50 @@ class LossShape:
     mask: bool = True
 
 
-def update_loss(
-    queries: Tensor, passages: Tensor, ids: Tensor, view: BankView | None, shape: LossShape
-) -> Tensor:
+@dataclass(frozen=True)
+class Seen:
+    """All that an update's loss depends on, beside the update's own vectors."""
+
+    ids: (
+        Tensor  # (N, m) integers of all slots' passages, the update's last; without a bank (K n, m)
+    )
+    view: BankView | None  # of the bank; None for in-batch negatives alone
+    shape: LossShape
+
+    def exchanged(self) -> Seen:
+        """As the loss in the other direction sees it."""
+        view = None if self.view is None else self.view.exchanged()
+        return replace(self, ids=self.ids[:, :1], view=view)
+
+
+def update_loss(queries: Tensor, passages: Tensor, seen: Seen) -> Tensor:
     """Mean over the micro-batches of their losses.
 
     Args:
         queries: (K, n, d).
         passages: (K, n, m, d), positive first.
-        ids: (N, m) integers of all slots' passages, the update's last; without a bank (K n, m).
-        view: the bank; None for in-batch negatives alone.
-        shape: scale, capacity and options.
+        seen: the bank, the passages' ids, scale, capacity and options.
 
     Returns:
         () in the dtype of the queries; its gradients are those of the sequential algorithm.
     """
+    per_row = row_losses(queries, passages, seen)
+    ids, view, shape = seen.ids, seen.view, seen.shape
+    if view is None or not shape.capacity:
+        return per_row.mean()
+    n, window = queries.shape[1], _Window.of(queries, view, shape)
+    banked_rows = _banked_rows(passages, ids, view, window, shape)  # (N, K)
+    totals = per_row.sum(1) + torch.where(window.slots.T, banked_rows, 0).sum(0)
+    rows = n + window.slots.sum(1) if shape.row_weighting == "all" else n
+    return (totals / rows).mean()
+
+
+def row_losses(queries: Tensor, passages: Tensor, seen: Seen) -> Tensor:
+    """Those of local rows alone, (K, n); arguments as those of `update_loss`."""
+    ids, view, shape = seen.ids, seen.view, seen.shape
     k, n, m, d = passages.shape
-    columns = passages.reshape(k, n * m, d)
     local_ids = ids[-k * n :].reshape(k, n, m)
-    local = shape.scale * torch.bmm(queries, columns.mT)  # (K, n, nm)
+    local = shape.scale * torch.bmm(queries, passages.reshape(k, n * m, d).mT)  # (K, n, nm)
     target = torch.arange(n, device=queries.device) * m
     target_scores = local[:, torch.arange(n, device=queries.device), target]
     if shape.mask:
@@ -88,17 +128,9 @@ def update_loss(
         same[:, torch.arange(n, device=queries.device), target] = False
         local = local.masked_fill(same, -math.inf)
     if view is None or not shape.capacity:
-        return (local.logsumexp(-1) - target_scores).mean()
-
-    window = _Window(len(view.queries), k, n, shape.capacity, queries.device)
-    if view.absent is not None:
-        window.slots = window.slots & ~view.absent
-    banked = _local_rows(queries, ids, view, window, shape)
-    per_row = torch.cat([local, banked], -1).logsumexp(-1) - target_scores  # (K, n)
-    banked_rows = _banked_rows(passages, ids, view, window, shape)  # (N, K)
-    totals = per_row.sum(1) + torch.where(window.slots.T, banked_rows, 0).sum(0)
-    rows = n + window.slots.sum(1) if shape.row_weighting == "all" else n
-    return (totals / rows).mean()
+        return local.logsumexp(-1) - target_scores
+    banked = _local_rows(queries, ids, view, _Window.of(queries, view, shape), shape)
+    return torch.cat([local, banked], -1).logsumexp(-1) - target_scores
 
 
 class _Window:
@@ -116,6 +148,15 @@ class _Window:
         self.always = slice(begin, max(begin, own))  # groups that all micro-batches see
         self.edges = torch.cat([group[: self.always.start], group[self.always.stop :]])
         self.n = n
+
+    @classmethod
+    def of(cls, queries: Tensor, view: BankView, shape: LossShape) -> _Window:
+        """That of an update's (K, n, d) queries, less what is absent."""
+        k, n, _ = queries.shape
+        window = cls(len(view.queries), k, n, shape.capacity, queries.device)
+        if view.absent is not None:
+            window.slots = window.slots & ~view.absent
+        return window
 
 
 def _local_rows(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.drift import corrections, guards, transport
+from benchmarks.drift import corrections, guards, momentum, transport
 from benchmarks.drift.centre import CENTRES
 
 CORRECTIONS: dict[str, Callable[..., corrections.Correction]] = {
@@ -15,6 +15,8 @@ CORRECTIONS: dict[str, Callable[..., corrections.Correction]] = {
     "moments": corrections.Moments,
     "age": corrections.Age,
     "refresh": corrections.Refresh,
+    "momentum": momentum.Momentum,
+    "momentum-alike": momentum.MomentumAlike,
     "guard": guards.Guard,
     "follow": guards.Follow,
     "follow-mean": guards.FollowMean,
@@ -28,8 +30,8 @@ CORRECTIONS: dict[str, Callable[..., corrections.Correction]] = {
 def make(name: str, context: corrections.Context, options: dict) -> corrections.Correction:
     """The correction of that name.
 
-    Besides its own options each has `centre`: gradients with respect to passages less their mean
-    over the micro-batch or the update.
+    Besides its own options each has `centre`: gradients with respect to columns less their mean
+    over the micro-batch or the update. `symmetric` is that of an `Objective`.
 
     Raises:
         ValueError: there is none of that name.
@@ -37,7 +39,7 @@ def make(name: str, context: corrections.Context, options: dict) -> corrections.
     """
     if name not in CORRECTIONS:
         raise ValueError(f"correction: expected one of {tuple(CORRECTIONS)}, got {name!r}")
-    own = {key: value for key, value in options.items() if key != "centre"}
+    own = {key: value for key, value in options.items() if key not in ("centre", "symmetric")}
     made = CORRECTIONS[name](context, **own)
     made.centre = options.get("centre")
     if made.centre not in (None, *CENTRES):

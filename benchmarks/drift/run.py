@@ -17,7 +17,8 @@ from benchmarks.drift.corrections import Context, Correction, History
 from benchmarks.drift.data import DataSet, Draws, draw, load, upload
 from benchmarks.drift.encoder import build
 from benchmarks.drift.evaluate import evaluate
-from benchmarks.drift.loss import BankView, LossShape, update_loss
+from benchmarks.drift.loss import BankView, LossShape, Seen
+from benchmarks.drift.objective import Objective
 from benchmarks.drift.settings import Setting
 from benchmarks.drift.staleness import Staleness
 
@@ -55,6 +56,7 @@ class Run:
             context = self._context()
             self.correction = methods.make(setting.correction, context, setting.options)
             self.staleness = Staleness(context, self.updates, setting.scale)
+        self.objective = Objective(self.correction, setting.options.get("symmetric", False))
 
     def _optimizer(self) -> torch.optim.AdamW:
         parameters = list(self.towers.parameters())
@@ -81,13 +83,16 @@ class Run:
         return Context(
             history,
             self.draws,
-            lambda ids, drop: towers.query.encode(
+            lambda ids, drop, by=towers: by.query.encode(
                 self.data.queries["train"], ids, setting.bf16, drop
             ),
-            lambda ids, drop: towers.passage.encode(self.data.corpus, ids, setting.bf16, drop),
+            lambda ids, drop, by=towers: by.passage.encode(
+                self.data.corpus, ids, setting.bf16, drop
+            ),
             setting.similarity == "cosine",
             setting.seed,
             self.device,
+            towers,
         )
 
     def learning_rate(self, update: int) -> float:
@@ -132,17 +137,12 @@ class Run:
 
     def _loss(
         self, update: int, queries: Tensor, passages: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The loss, and its gradients with respect to the embeddings."""
         view, slots = self._bank(update, queries, passages), self._slots(update)
         if self.correction:
             slots = self.correction.history.view(update)
-        leaves = queries.requires_grad_(), passages.requires_grad_()
-        loss = update_loss(*leaves, self.ids[slots], view, self.shape)
-        gradients = torch.autograd.grad(loss, leaves)
-        if self.correction:
-            gradients = self.correction.gradients(update, *gradients)
-        return loss.detach(), gradients
+        return self.objective(update, queries, passages, Seen(self.ids[slots], view, self.shape))
 
     @torch.no_grad()
     def _bank(self, update: int, queries: Tensor, passages: Tensor) -> BankView | None:

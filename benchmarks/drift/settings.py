@@ -24,7 +24,7 @@ class Setting:
         method: "gradaccum" and "inbatch" have no bank; "inbatch" scores an update as one batch.
         bank: capacity in slots, a multiple of n.
         correction: a name of `methods.CORRECTIONS`: what happens to old banked vectors.
-        options: of the correction.
+        options: of the correction; `symmetric`, a loss in both directions, without a bank too.
         scale: of the scores, 1/temperature.
         n: queries of a micro-batch; accumulation: micro-batches of an update.
         negatives: BM25 negatives per query, kept in the bank.
@@ -96,7 +96,7 @@ class Setting:
         words = [self.method]
         if self.method == "bank":
             words += [str(self.bank), self.correction]
-            words += [f"{k}={_short(v)}" for k, v in sorted(self.options.items())]
+        words += [f"{k}={_short(v)}" for k, v in sorted(self.options.items())]
         return " ".join([*words, self.varied]).strip()
 
     @property

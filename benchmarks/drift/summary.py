@@ -11,26 +11,31 @@ from benchmarks.drift.default_tables import DROPOUT, LIBRARY
 from benchmarks.drift.report import Mean, markdown, mean, paired
 from benchmarks.drift.settings import Setting, from_row
 
-_BASELINE = "bank 128"
-_CENTRAL = "central"
+BASELINE = "bank 128"
+CENTRAL = "central"
 
 
-def _bank(size: int, correction: str, options: dict) -> Callable[[Setting], bool]:
+Column = Callable[[Setting], bool]
+
+
+def bank_column(size: int, correction: str, options: dict) -> Column:
+    """The column of banks of that size, with that correction and exactly these options."""
     return lambda x: (x.bank, x.correction, x.options) == (size, correction, options)
 
 
-COLUMNS: dict[str, Callable[[Setting], bool]] = {
+COLUMNS: dict[str, Column] = {
     "gradaccum": lambda x: x.method == "gradaccum",
-    "in-batch 128": lambda x: x.method == "inbatch",
-    _BASELINE: _bank(128, "none", {}),
-    "centered, 128": _bank(128, "none", SPREAD),
-    "centered `mean`, 256": _bank(256, "mean", SPREAD),
-    "default, 512": _bank(512, "follow-mean", CHOSEN | SPREAD),
-    "the same, 4,096": _bank(4096, "follow-mean", CHOSEN | SPREAD),
-    "not centered: `mean`, 256": _bank(256, "mean", {}),
-    "`mean`, 1,024": _bank(1024, "mean", {}),
-    "probes, 512": _bank(512, "follow-mean", CHOSEN),
-    "probes, 4,096": _bank(4096, "follow-mean", LIBRARY),
+    "in-batch 128": lambda x: x.method == "inbatch" and not x.options,
+    BASELINE: bank_column(128, "none", {}),
+    "default, 128": bank_column(128, "none", SPREAD),
+    "with `mean`": bank_column(128, "mean", SPREAD),
+    "default, 256": bank_column(256, "mean", SPREAD),
+    "default, 512": bank_column(512, "follow-mean", CHOSEN | SPREAD),
+    "the same, 4,096": bank_column(4096, "follow-mean", CHOSEN | SPREAD),
+    "not centered: `mean`, 256": bank_column(256, "mean", {}),
+    "`mean`, 1,024": bank_column(1024, "mean", {}),
+    "probes, 512": bank_column(512, "follow-mean", CHOSEN),
+    "probes, 4,096": bank_column(4096, "follow-mean", LIBRARY),
 }
 _COMPARED = tuple(COLUMNS)[3:]
 
@@ -43,18 +48,18 @@ def summary(done: Iterable[rows.Row], data: str) -> str:
         data: whose rows to take.
     """
     lines = []
-    for varied, columns in _scores(done, data, COLUMNS).items():
-        if "default, 512" not in columns or _BASELINE not in columns:
+    for varied, columns in scores(done, data, COLUMNS).items():
+        if "default, 512" not in columns or BASELINE not in columns:
             continue
         cells = [varied]
         for name in COLUMNS:
             values = columns.get(name, {})
             if name in _COMPARED:
-                cells.append(_signed(paired(values, columns[_BASELINE])) if values else "-")
+                cells.append(signed(paired(values, columns[BASELINE])) if values else "-")
             else:
                 cells.append(str(mean(values.values())))
         lines.append(cells)
-    lines.sort(key=lambda cells: cells[0] != _CENTRAL)
+    lines.sort(key=lambda cells: cells[0] != CENTRAL)
     head = [data, *(f"{name}, less" if name in _COMPARED else name for name in COLUMNS)]
     return markdown(head, lines)
 
@@ -66,7 +71,7 @@ _KINDS: dict[str, tuple[str, dict]] = {
     "probes": ("follow-mean", LIBRARY),
     "default": ("follow-mean", CHOSEN | SPREAD),
 }
-_FEW = ("epochs=1 updates=40", "epochs=1", "learning_rate=2e-05", _CENTRAL, "epochs=10")
+_FEW = ("epochs=1 updates=40", "epochs=1", "learning_rate=2e-05", CENTRAL, "epochs=10")
 
 
 def amounts(done: Iterable[rows.Row], data: str) -> str:
@@ -76,17 +81,17 @@ def amounts(done: Iterable[rows.Row], data: str) -> str:
         done: rows, in any order.
         data: whose rows to take.
     """
-    belongs = {f"{kind} {size}": _bank(size, *_KINDS[kind]) for kind in _KINDS for size in _SIZES}
-    found = _scores(done, data, belongs | {_BASELINE: COLUMNS[_BASELINE]})
+    belongs = {f"{k} {size}": bank_column(size, *_KINDS[k]) for k in _KINDS for size in _SIZES}
+    found = scores(done, data, belongs | {BASELINE: COLUMNS[BASELINE]})
     lines = []
     for varied in _FEW:
         columns = found.get(varied, {})
-        if _BASELINE not in columns:
+        if BASELINE not in columns:
             continue
         for kind in _KINDS:
             sizes = [columns.get(f"{kind} {size}", {}) for size in _SIZES]
-            differences = [paired(x, columns[_BASELINE]) if x else None for x in sizes]
-            lines.append([varied, kind, *(_signed(x) if x else "-" for x in differences)])
+            differences = [paired(x, columns[BASELINE]) if x else None for x in sizes]
+            lines.append([varied, kind, *(signed(x) if x else "-" for x in differences)])
     return markdown([data, "", *(f"{size:,}" for size in _SIZES)], lines)
 
 
@@ -98,11 +103,11 @@ def shared(done: Iterable[rows.Row], data: str) -> str:
         data: whose rows to take.
     """
     kinds = {kind: _KINDS[kind] for kind in ("`mean`", "probes")}
-    found = _scores(
+    found = scores(
         done,
         data,
         {
-            f"{kind} {size} {block}": _bank(
+            f"{kind} {size} {block}": bank_column(
                 size, name, options | ({"block": block} if block else {})
             )
             for kind, (name, options) in kinds.items()
@@ -112,7 +117,7 @@ def shared(done: Iterable[rows.Row], data: str) -> str:
     )
     lines = []
     for size, changes in ((16384, ({},)), (4096, ({}, *FAST))):
-        for varied in (Setting(data, method="gradaccum", **x).varied or _CENTRAL for x in changes):
+        for varied in (Setting(data, method="gradaccum", **x).varied or CENTRAL for x in changes):
             for kind in kinds:
                 own, *others = (
                     found.get(varied, {}).get(f"{kind} {size} {block}", {})
@@ -120,16 +125,16 @@ def shared(done: Iterable[rows.Row], data: str) -> str:
                 )
                 differences = [paired(x, own) for x in others]
                 if any(x.count for x in differences):
-                    cells = [_signed(x) if x.count else "-" for x in differences]
+                    cells = [signed(x) if x.count else "-" for x in differences]
                     lines.append([varied, f"{size:,}", kind, str(mean(own.values())), *cells])
     head = [data, "bank", "", "a micro-batch", *(f"{block:,}, less" for block in BLOCKS)]
     return markdown(head, lines)
 
 
-def _scores(
-    done: Iterable[rows.Row], data: str, columns: dict[str, Callable[[Setting], bool]]
+def scores(
+    done: Iterable[rows.Row], data: str, columns: dict[str, Column]
 ) -> dict[str, dict[str, dict[int, float]]]:
-    """NDCG@10 by setting and column, by seed."""
+    """NDCG@10 by setting and column, by seed; updates of 16 micro-batches alone."""
     found: dict[str, dict[str, dict[int, float]]] = {}
     for row in done:
         if "error" in row or row["setting"]["data"] != data:
@@ -139,11 +144,12 @@ def _scores(
             continue
         for name, belongs in columns.items():
             if belongs(setting):
-                line = found.setdefault(setting.varied or _CENTRAL, {})
+                line = found.setdefault(setting.varied or CENTRAL, {})
                 line.setdefault(name, {})[setting.seed] = row["test_ndcg10"]
     return found
 
 
-def _signed(difference: Mean) -> str:
+def signed(difference: Mean) -> str:
+    """With its sign, and of how many seeds."""
     sign = "+" if difference.mean >= 0 else ""
     return f"{sign}{difference} ({difference.count})"

@@ -13,7 +13,10 @@ from benchmarks.drift.bank_tables import amounts, blocks, chosen, grown, lags, s
 from benchmarks.drift.centre_tables import anysize, centred, centred_updates, largest
 from benchmarks.drift.default_tables import default, few, library, means
 from benchmarks.drift.families import DATA, SCORES, TRANSPORT, banks, baselines
+from benchmarks.drift.momentum_tables import momentum
+from benchmarks.drift.rebuild_tables import rebuilt
 from benchmarks.drift.settings import Setting
+from benchmarks.drift.symmetric_tables import symmetric
 
 BASELINE = "inbatch"  # the label compared with, unless the command names another
 
@@ -153,6 +156,9 @@ TABLES: dict[str, Callable[[], list[Setting]]] = {
     "anysize": anysize,
     "centred-updates": centred_updates,
     "largest": largest,
+    "momentum": momentum,
+    "rebuilt": rebuilt,
+    "symmetric": symmetric,
 }
 
 

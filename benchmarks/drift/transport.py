@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.drift.corrections import Context, Correction, Mean
+from benchmarks.drift.corrections import Context, Correction, Mean, stacked
 from benchmarks.drift.loss import BankView
 
 _KERNELS = ("linear", "exp", "mean")
@@ -217,13 +217,14 @@ class TransportMean(Mean):
         context: of the run.
         probes: R, of queries and of passages.
         ridge: see `Displacement`.
-        predict: move the running means, too, as the probes' map says, before the next micro-batches
-            correct them: then they do not lag, and what the probes get wrong decays.
+        predict: move the running means, too, as the probes' map says: then they do not lag, and
+            what the probes get wrong decays.
         moved: score banked vectors among themselves as they are after all moves, at the update's
             beginning; otherwise as they were enqueued.
         turned: score them turned, about the means at which they were enqueued.
-        between: the means correct between updates alone. Within one, banked vectors are what they
-            were at its beginning and its own what they are: an op then needs no offsets.
+        rebuild: with `moved`, move them every so many updates, as an op rebuilds its table.
+        between: the means correct between updates alone: within one, banked vectors are what they
+            were at its beginning and its own what they are.
         options: of `Mean`.
     """
 
@@ -236,11 +237,14 @@ class TransportMean(Mean):
         moved: bool = False,
         turned: bool = False,
         between: bool = False,
+        rebuild: int = 1,
         **options: Any,
     ) -> None:
         super().__init__(context, **options)
         if self.blocks and (turned or between):
             raise ValueError("block: expected None with turned or between")
+        self.rebuild = rebuild
+        self.kept = torch.zeros_like(self.centred) if rebuild > 1 else None
         self.between = between
         self.moved_among_themselves = moved
         self.enqueued = torch.zeros_like(self.centred) if turned else None  # the means
@@ -248,10 +252,15 @@ class TransportMean(Mean):
 
     def after_encode(self, update: int, queries: Tensor, passages: Tensor) -> None:
         super().after_encode(update, queries, passages)
+        own = slice(self.history.bank(update).stop, self.history.view(update).stop)
+        vectors = stacked(self.history, own)
         if self.enqueued is not None:
-            own = slice(self.history.bank(update).stop, self.history.view(update).stop)
-            vectors = torch.cat([self.history.queries[own, None], self.history.passages[own]], 1)
             self.enqueued[own] = vectors - self.centred[own]
+        if self.kept is not None and self.means is not None:
+            if update % self.rebuild == 0:
+                bank = slice(self.history.bank(update).start, own.start)
+                self.kept[bank] = self.centred[bank] + self.means[0]
+            self.kept[own] = vectors
 
     def before_loss(self, update: int) -> BankView:
         slots = self.history.view(update)
@@ -264,9 +273,12 @@ class TransportMean(Mean):
             vectors = now[:, 0], now[:, 1:].contiguous()
             return BankView(*vectors, *vectors)
         view = super().before_loss(update)
-        if self.enqueued is None:
+        if self.kept is not None:
+            frozen = self.kept[slots]
+        elif self.enqueued is not None:
+            frozen = self.centred[slots] + self.enqueued[slots]
+        else:
             return view
-        frozen = self.centred[slots] + self.enqueued[slots]
         return replace(view, frozen_queries=frozen[:, 0], frozen_passages=frozen[:, 1:])
 
     def before_step(self, update: int) -> None:
