@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import end_to_end_command, op_command, step_command
+from benchmarks import end_to_end_command, follow, op_command, step_command
 from benchmarks.plot import scaling_plot
 
 _DESCRIPTION = """\
 Time and memory of one training step's loss (forward, backward and enqueue) against the size of the
 bank, beside the ways to do it without this package and beside what the machine can do at best;
-what a bank adds to a whole training step; and what all of it comes to, from data to NDCG@10.
+what a bank adds to a whole training step, and following the encoders to an update; and what all of
+it comes to, from data to NDCG@10.
 """
 _EXAMPLES = """\
 examples:
@@ -33,6 +34,8 @@ examples:
       a training step of two BERT-base encoders with banks up to 64k
   python -m benchmarks step --layers 2 --hidden 64 --heads 2 --banks 0,256 --rounds 3
       the same, tiny, on the CPU
+  python -m benchmarks follow
+      moving a bank along with its encoders after an update, up to 64k slots, some minutes
   python -m benchmarks end-to-end --data DATA --model MODEL --layers 2 --device cuda
       both integrations, with and without banks, one pass over the data each
   python -m benchmarks end-to-end --data DATA --model MODEL --methods st-mnrl --updates 10
@@ -70,6 +73,7 @@ def _run_plot(args: argparse.Namespace, _command: list[str]) -> int:
 COMMANDS: tuple[Callable, ...] = (
     op_command.add,
     step_command.add,
+    follow.add,
     end_to_end_command.add,
     _add_plot,
 )
