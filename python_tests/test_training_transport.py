@@ -105,6 +105,33 @@ def test_a_resumed_run_ends_with_the_same_bits(two_towers, tmp_path, more):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("more", [{}, {"symmetric": True}])
+def test_a_run_that_is_resumed_between_two_rebuilds_ends_with_the_same_bits(
+    two_towers, tmp_path, more
+):
+    """Beyond 32 updates of slots the table is rebuilt in every other update."""
+    settings = SETTINGS | {"local_batch_size": 2, "accumulation_steps": 1, "epochs": 10} | more
+    settings |= {"bank_size": 90, "max_updates": 41, "drift_limit": 1e9, "wide_epochs": 100}
+    whole = make_trainer(two_towers, tmp_path / "whole", **settings)
+    rebuilt = []
+    for _ in range(41):
+        whole.update()
+        rebuilt.append(whole.method.bank.pending_rebuild(1 / 0.05, -1) != 0)
+    assert rebuilt[31:] == [True, *[False, True] * 4, False], rebuilt
+    first = make_trainer(two_towers, tmp_path / "part", **settings)
+    for _ in range(38):  # the last one has left the table as it was
+        first.update()
+    state = copy.deepcopy(first.state_dict())
+    second = make_trainer(two_towers, tmp_path / "part", **settings)
+    second.model.load_state_dict(first.model.state_dict())
+    second.load_state_dict(state)
+    for _ in range(3):
+        second.update()
+    assert_same_weights(weights(second.model), weights(whole.model))
+    ours, theirs = second.method.bank.state_dict(), whole.method.bank.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_a_skipped_update_moves_nothing(two_towers, tmp_path):
     trainer = make_trainer(two_towers, tmp_path, on_nonfinite="skip", **SETTINGS)
     trainer.update()
