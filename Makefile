@@ -8,7 +8,7 @@ SETUP = $(PYTHON) scripts/setup.py
 
 help:
 	@echo "make demo    train and compare on small data; ARGS='...' goes to 'contaccum demo'"
-	@echo "make test    run the tests; ARGS='...' goes to pytest"
+	@echo "make test    run the tests side by side; ARGS='...' goes to pytest (-n 0: one by one)"
 	@echo "make bench   run the benchmarks; ARGS='...' goes to them"
 	@echo "make docs    build the documentation into build/site"
 	@echo "make lint    check formats and types;  make format  repairs formats"
@@ -20,7 +20,7 @@ demo:
 	@$(SETUP) --extra train contaccum demo $(ARGS)
 
 test:
-	@$(SETUP) --extra test python -m pytest -q python_tests $(ARGS)
+	@$(SETUP) --extra test python -m pytest -q -n auto --maxprocesses 4 python_tests $(ARGS)
 
 bench:
 	@$(SETUP) --extra bench python -m benchmarks $(ARGS)

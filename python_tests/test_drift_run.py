@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 FOLLOWING = [("follow", options) for options in FOLLOW[:2]]
 FOLLOWING += [("follow-mean", LIBRARY), ("follow-mean", TURNED)]
 SHARED = [("mean", {"block": 16}), ("follow-mean", LIBRARY | {"block": 8})]
-TRIED = (*IDEAS, *GUARDS, *FOLLOWING, *SHARED, *MOMENTUM)
+TRIED = (*IDEAS, *GUARDS, *FOLLOWING, *SHARED, *MOMENTUM[:2])
 TINY = {"layers": 1, "n": 4, "accumulation": 2, "learning_rate": 1e-3, "bf16": False, "epochs": 4}
 
 

@@ -86,6 +86,7 @@ def test_bank_methods_are_the_reference_over_the_micro_batches(
         accumulation_steps=4,
         bank_size=8,
         row_weighting=row_weighting,
+        drift="mean",
         center_gradients=center,
         temperature=0.2,
     )
