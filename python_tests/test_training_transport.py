@@ -86,23 +86,28 @@ def test_following_spends_no_random_numbers(two_towers, tmp_path):
     assert torch.equal(*states)
 
 
+def assert_resumed_ends_like(whole, start, directory, settings, before: int, after: int) -> None:
+    """A run of so many updates, and another that goes on from its state, end with whole's bits."""
+    first = make_trainer(start, directory / "part", **settings)
+    for _ in range(before):
+        first.update()
+    state = copy.deepcopy(first.state_dict())  # before another trainer seeds
+    second = make_trainer(start, directory / "part", **settings)
+    second.model.load_state_dict(first.model.state_dict())
+    second.load_state_dict(state)
+    for _ in range(after):
+        second.update()
+    assert_same_weights(weights(second.model), weights(whole.model))
+    ours, theirs = second.method.bank.state_dict(), whole.method.bank.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 @pytest.mark.parametrize("more", [{}, {"symmetric": True, "learn_temperature": True}])
 def test_a_resumed_run_ends_with_the_same_bits(two_towers, tmp_path, more):
     settings = SETTINGS | {"max_updates": 4, "drift_limit": 0.05, "bank_size": 40} | more
     whole = make_trainer(two_towers, tmp_path / "whole", **settings)
     whole.train(progress=False)
-    first = make_trainer(two_towers, tmp_path / "part", **settings)
-    for _ in range(2):
-        first.update()
-    state = copy.deepcopy(first.state_dict())  # before another trainer seeds
-    second = make_trainer(two_towers, tmp_path / "part", **settings)
-    second.model.load_state_dict(first.model.state_dict())
-    second.load_state_dict(state)
-    for _ in range(2):
-        second.update()
-    assert_same_weights(weights(second.model), weights(whole.model))
-    ours, theirs = second.method.bank.state_dict(), whole.method.bank.state_dict()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_resumed_ends_like(whole, two_towers, tmp_path, settings, 2, 2)
 
 
 @pytest.mark.parametrize("more", [{}, {"symmetric": True}])
@@ -118,18 +123,8 @@ def test_a_run_that_is_resumed_between_two_rebuilds_ends_with_the_same_bits(
         whole.update()
         rebuilt.append(whole.method.bank.pending_rebuild(1 / 0.05, -1) != 0)
     assert rebuilt[31:] == [True, *[False, True] * 4, False], rebuilt
-    first = make_trainer(two_towers, tmp_path / "part", **settings)
-    for _ in range(38):  # the last one has left the table as it was
-        first.update()
-    state = copy.deepcopy(first.state_dict())
-    second = make_trainer(two_towers, tmp_path / "part", **settings)
-    second.model.load_state_dict(first.model.state_dict())
-    second.load_state_dict(state)
-    for _ in range(3):
-        second.update()
-    assert_same_weights(weights(second.model), weights(whole.model))
-    ours, theirs = second.method.bank.state_dict(), whole.method.bank.state_dict()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # The 38th has moved the bank and left the table as it was.
+    assert_resumed_ends_like(whole, two_towers, tmp_path, settings, 38, 3)
 
 
 def test_a_skipped_update_moves_nothing(two_towers, tmp_path):

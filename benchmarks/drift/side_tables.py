@@ -10,7 +10,7 @@ from benchmarks.drift.centre_tables import SPREAD
 from benchmarks.drift.momentum_tables import FOLLOWED, MOMENTUM
 from benchmarks.drift.rebuild_tables import ALWAYS, AN_EIGHTH, HALF, NEVER
 from benchmarks.drift.report import markdown, mean, paired
-from benchmarks.drift.summary import BASELINE, CENTRAL, Column, bank_column, scores, signed
+from benchmarks.drift.summary import BASELINE, CENTRAL, COLUMNS, Column, bank_column, scores, signed
 from benchmarks.drift.symmetric_tables import BOTH
 
 
@@ -48,7 +48,7 @@ def alike(done: Iterable[rows.Row], data: str) -> str:
 def both_ways(done: Iterable[rows.Row], data: str) -> str:
     """Markdown of a data set: losses one way and in both directions."""
     columns: dict[str, Column] = {
-        "in-batch 128": lambda x: x.method == "inbatch" and not x.options,
+        "in-batch 128": COLUMNS["in-batch 128"],
         "both ways": lambda x: x.method == "inbatch" and x.options == BOTH,
         "bank 128, both ways": bank_column(128, "none", BOTH),
     }
@@ -65,7 +65,7 @@ def _gains(
 ) -> str:
     """What columns gain over the plain bank of 128, in every setting where `needed` was run."""
     done, lines = list(done), []
-    plain = {BASELINE: bank_column(128, "none", {})}
+    plain = {BASELINE: COLUMNS[BASELINE]}
     for part, columns in parts:
         for varied, found in scores(done, data, columns | plain).items():
             if BASELINE not in found or needed not in found:

@@ -245,8 +245,7 @@ class TransportMean(Mean):
             raise ValueError("block: expected None with turned or between")
         self.rebuild = rebuild
         self.kept = torch.zeros_like(self.centred) if rebuild > 1 else None
-        self.between = between
-        self.moved_among_themselves = moved
+        self.between, self.moved_among_themselves = between, moved
         self.enqueued = torch.zeros_like(self.centred) if turned else None  # the means
         self.probe, self.predict = Transport(context, probes, ridge), predict
 
@@ -268,8 +267,7 @@ class TransportMean(Mean):
             assert self.means is not None
             now = self.centred[slots] + self.means[0]
             own = slice(len(now) - self.history.update_size, None)
-            queries, passages = self._now(update)
-            now[own, 0], now[own, 1:] = queries[own], passages[own]
+            now[own] = stacked(self.history, slots)[own]
             vectors = now[:, 0], now[:, 1:].contiguous()
             return BankView(*vectors, *vectors)
         view = super().before_loss(update)
