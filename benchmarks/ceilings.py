@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, floor_seconds
+from benchmarks.device import Device
 from benchmarks.measure import time_calls
 
 _BLOCK = 8192  # bank rows of the skinny shapes: more only adds memory traffic to the product
@@ -93,6 +94,21 @@ def measure_multiplying(case: Case, seconds: float) -> dict[str, float]:
             best = _best(functools.partial(torch.mm, a, b, out=out), each)
             rates[f"{dtype_name} {shape_name}"] = 2 * rows * inner * columns / best
     return rates
+
+
+def square_product_rate(device: Device, size: int, dtype: torch.dtype, bursts: int = 20) -> float:
+    """Operations per second of the library's product of two square matrices, at best.
+
+    Args:
+        device: where.
+        size: of both matrices; random, since zeros draw less power and let the clock rise.
+        dtype: of both.
+        bursts: of five products each; the fastest counts.
+    """
+    a, b = (torch.randn(size, size, device=device.name).to(dtype) for _ in range(2))
+    call = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+    device.burst(call, 3)
+    return 5 * 2 * size**3 / min(device.burst(call, 5)[0] for _ in range(bursts))
 
 
 def _best(call: Callable[[], object], seconds: float) -> float:

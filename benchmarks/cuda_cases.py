@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.cases import Batches, Case, make_vectors
-from benchmarks.ceilings import Ceilings
+from benchmarks.ceilings import Ceilings, square_product_rate
 from benchmarks.cuda_peers import COMPILED, CUDA_PEERS
 from benchmarks.device import Device, StepTimes, backward_in_calling_thread, time_steps
 from benchmarks.peers import OURS, Peer
@@ -129,25 +129,17 @@ def measure_ceilings(device: Device, size: int = 8192, copied: int = 2 << 30) ->
 
     Args:
         device: where.
-        size: of the square bf16 matrices multiplied; random, since zeros draw less power and let
-            the clock rise.
+        size: of the square bf16 matrices multiplied.
         copied: bytes of the buffer that is copied; counted twice, as read and as written.
     """
-    a, b = (torch.randn(size, size, device=device.name, dtype=torch.bfloat16) for _ in range(2))
-    product = torch.empty_like(a)
     source = torch.ones(copied // 4, device=device.name)
-    target = torch.empty_like(source)
-    rates = []
-    for call in (
-        functools.partial(torch.mm, a, b, out=product),
-        functools.partial(target.copy_, source),
-    ):
-        device.burst(call, 3)
-        rates.append(5 / min(device.burst(call, 5)[0] for _ in range(20)))
-    del a, b, product, source, target, call
+    copy = functools.partial(torch.empty_like(source).copy_, source)
+    device.burst(copy, 3)
+    copies = 5 / min(device.burst(copy, 5)[0] for _ in range(20))
+    multiplied = square_product_rate(device, size, torch.bfloat16)
+    del source, copy
     device.release()
-    multiplied, copies = rates
     return Ceilings(
         {f"copy of {copied / 2**20:.0f} MiB, read + written": 2 * copied * copies},
-        {f"{size}^3 bf16": 2 * size**3 * multiplied},
+        {f"{size}^3 bf16": multiplied},
     )

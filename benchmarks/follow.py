@@ -18,6 +18,7 @@ import contaccum_ext as ca
 from benchmarks import report
 from benchmarks.arguments import add_out, positive, sizes
 from benchmarks.cases import DTYPES, TEMPERATURE
+from benchmarks.ceilings import square_product_rate
 from benchmarks.device import Device, open_device
 from benchmarks.op import say
 from contaccum_ext.staleness import REBUILD_PARTS
@@ -65,13 +66,6 @@ def _median(device: Device, call: Callable[[], object], rounds: int = _ROUNDS) -
     """Milliseconds of a call, after one for warmth."""
     device.burst(call, 1)
     return 1e3 * sorted(device.burst(call, 1)[0] for _ in range(rounds))[rounds // 2]
-
-
-def best_rate(device: Device, dtype: torch.dtype) -> float:
-    """Operations per millisecond of a square product."""
-    size = _SQUARE[device.name]
-    a, b = (torch.randn(size, size, device=device.name).to(dtype) for _ in range(2))
-    return max(2 * size**3 / (1e3 * device.burst(lambda: a @ b, 1)[0]) for _ in range(_ROUNDS + 1))
 
 
 def _vectors(options: FollowOptions, device: Device, *shape: int) -> Tensor:
@@ -197,7 +191,7 @@ def _run(args: argparse.Namespace, command: list[str]) -> int:
     options = FollowOptions(**{x: getattr(args, x) for x in FollowOptions.__dataclass_fields__})
     device = open_device(args.device)
     header = report.environment(command, args.device) | device.describe()
-    rate = best_rate(device, DTYPES[options.dtype])
+    rate = square_product_rate(device, _SQUARE[device.name], DTYPES[options.dtype], _ROUNDS) / 1e3
     rows = []
     for slots in options.sizes:
         rows.append(measure(options, device, slots, rate))

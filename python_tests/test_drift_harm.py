@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import pytest
 from benchmarks.drift import cli, harm, rows, tables
 from benchmarks.drift.bank_tables import CHOSEN
 from benchmarks.drift.centre_tables import SPREAD
+from benchmarks.drift.default_bank import default_bank, is_default
 from benchmarks.drift.report import brief
 from benchmarks.drift.settings import Setting, from_row
-from benchmarks.drift.side_tables import alike, both_ways, rebuilt
+from benchmarks.drift.side_tables import alike, any_size, both_ways, rebuilt, unmasked
 from benchmarks.drift.summary import amounts, shared, summary
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +95,43 @@ def test_shared_means_are_compared_with_those_of_micro_batches():
     assert len(shared(done[:2], "squad_sent").splitlines()) == 2  # nothing to compare
 
 
+def test_the_default_of_a_size_is_what_the_library_has_there():
+    def made(size: int, **change) -> dict:
+        return default_bank(1, "squad_sent", size, change).options
+
+    assert made(512) == CHOSEN | SPREAD == made(512, row_weighting="all", epochs=10)
+    assert made(4096, epochs=3) == CHOSEN | SPREAD
+    assert made(4096, epochs=10) == CHOSEN | SPREAD | {"narrow": 0.3}
+    assert made(16384, row_weighting="all", epochs=10) == CHOSEN | SPREAD | {
+        "narrow": 0.0,
+        "rebuild": 4,
+    }
+    one = default_bank(2, "medquad", 16384, {"epochs": 10, "mask": False})
+    assert is_default(one, 16384) and not is_default(one, 4096)
+    assert not is_default(replace(one, options=CHOSEN | SPREAD), 16384)
+
+
+def test_what_masking_is_worth_is_told_by_setting():
+    def default(size: int, ndcg: float, **change) -> rows.Row:
+        return row(default_bank(1, "squad_sent", size, change), ndcg, [])
+
+    done = [
+        row(bank(128, epochs=10), 0.5, []),
+        row(bank(128, epochs=10, mask=False), 0.475, []),
+        default(512, 0.6, epochs=10),
+        default(512, 0.55, epochs=10, mask=False),
+        default(16384, 0.65, epochs=10),
+    ]
+    lines = unmasked(done, "squad_sent").splitlines()
+    cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    told = ["-", "-0.0250 (1)", "-0.0500 (1)", "-", "-", "+0.0750 (1)", "-", "-"]
+    assert cells == ["epochs=10", *told] and len(lines) == 3
+    lines = any_size(done, "squad_sent").splitlines()
+    cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    assert cells == ["epochs=10", "0.5000", "+0.1000 (1)", "-", "+0.1500 (1)"] and len(lines) == 3
+    assert len(unmasked(done[:1], "squad_sent").splitlines()) == 2
+
+
 def test_equal_values_share_a_rank():
     assert harm._ranks([3.0, 1.0, 3.0, 2.0]).tolist() == pytest.approx([2.5, 0, 2.5, 1])
 
@@ -107,6 +146,6 @@ def test_the_page_holds_what_the_rows_give():
         assert summary(done.values(), data) in page
         assert amounts(done.values(), data) in page
         assert shared(done.values(), data) in page
-        for table in (rebuilt, alike, both_ways):
+        for table in (any_size, unmasked, rebuilt, alike, both_ways):
             assert table(done.values(), data) in page, table.__name__
     assert all(part in page for part in harm.harm(list(done.values())).split("\n\n"))

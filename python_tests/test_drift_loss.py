@@ -48,7 +48,9 @@ def sequential(history, ids, update, shape, drift, layout=None, **options):
     bank = reference.DualMemoryBank(shape.capacity, D, m, torch.float64, drift=drift, layout=layout)
     for start in range(0, update * N * K, N):
         slots = slice(start, start + N)
-        bank.enqueue(history.queries[slots], history.passages[slots], ids[slots])
+        bank.enqueue(
+            history.queries[slots], history.passages[slots], ids[slots] if shape.mask else None
+        )
     queries, passages = cut(history, update)
     queries.requires_grad_()
     passages.requires_grad_()
@@ -61,7 +63,7 @@ def sequential(history, ids, update, shape, drift, layout=None, **options):
                 passages[k],
                 bank,
                 1 / shape.scale,
-                ids[start : start + N],
+                ids[start : start + N] if shape.mask else None,
                 shape.row_weighting,
                 **options,
             )
@@ -73,10 +75,11 @@ def sequential(history, ids, update, shape, drift, layout=None, **options):
 @pytest.mark.parametrize("drift", ["none", "mean"])
 @pytest.mark.parametrize("weighting", ["local", "all"])
 @pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("mask", [True, False])
 @pytest.mark.parametrize("capacity", [2, 4, 6, 10, 40])
-def test_equals_the_reference_with_every_history(drift, weighting, m, capacity):
+def test_equals_the_reference_with_every_history(drift, weighting, m, mask, capacity):
     history, ids = drawn(4, m, capacity)
-    shape = LossShape(3.0, capacity, weighting, mask=True)
+    shape = LossShape(3.0, capacity, weighting, mask)
     correction = make(drift, context(history), {})
     for update in range(4):
         queries, passages = cut(history, update)

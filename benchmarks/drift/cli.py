@@ -13,7 +13,7 @@ from benchmarks.drift.grid import Grid, run_grid
 from benchmarks.drift.harm import harm
 from benchmarks.drift.report import brief, table
 from benchmarks.drift.settings import Setting
-from benchmarks.drift.side_tables import alike, both_ways, rebuilt
+from benchmarks.drift.side_tables import alike, any_size, both_ways, rebuilt, unmasked
 from benchmarks.drift.summary import amounts, shared, summary
 from benchmarks.drift.tables import BASELINE, TABLES, settings
 
@@ -64,7 +64,7 @@ def _table(args: argparse.Namespace) -> int:
 
 def _summary(args: argparse.Namespace) -> int:
     done = list(_read(args.rows).values())
-    kinds = (summary, amounts, shared, rebuilt, alike, both_ways)
+    kinds = (summary, amounts, any_size, unmasked, shared, rebuilt, alike, both_ways)
     print("\n\n".join(table(done, data) for table in kinds for data in DATA))
     return 0
 

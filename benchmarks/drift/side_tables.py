@@ -1,17 +1,48 @@
-"""What is beside the default: a table that lags, keys by momentum encoders, both directions."""
+"""What is beside the default: sizes, no masking, tables that lag, other keys, both directions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from benchmarks.drift import rows
 from benchmarks.drift.bank_tables import CHOSEN
 from benchmarks.drift.centre_tables import SPREAD
+from benchmarks.drift.default_bank import is_default
+from benchmarks.drift.default_bank_tables import TRAINING_SET
 from benchmarks.drift.momentum_tables import FOLLOWED, MOMENTUM
 from benchmarks.drift.rebuild_tables import ALWAYS, AN_EIGHTH, HALF, NEVER
 from benchmarks.drift.report import markdown, mean, paired
 from benchmarks.drift.summary import BASELINE, CENTRAL, COLUMNS, Column, bank_column, scores, signed
 from benchmarks.drift.symmetric_tables import BOTH
+
+_DEFAULTS: dict[str, Column] = {
+    f"default, {size:,}": partial(is_default, bank=size) for size in (512, 4096, TRAINING_SET)
+}
+
+
+def any_size(done: Iterable[rows.Row], data: str) -> str:
+    """Markdown of a data set: the default as the library has it, up to the training set's size."""
+    return _gains(done, data, [("", _DEFAULTS)], needed=tuple(_DEFAULTS)[-1])
+
+
+def unmasked(done: Iterable[rows.Row], data: str) -> str:
+    """Markdown of a data set: what false negatives that are left in cost, and what banks gain."""
+    done = list(done)
+    columns = {name: COLUMNS[name] for name in ("in-batch 128", BASELINE)} | _DEFAULTS
+    masked, found = (scores(done, data, columns, mask) for mask in (True, False))
+    lines = []
+    for varied, line in found.items():
+        if BASELINE not in line:
+            continue
+        costs = [
+            paired(line.get(name, {}), masked.get(varied, {}).get(name, {})) for name in columns
+        ]
+        gains = [paired(line.get(name, {}), line[BASELINE]) for name in _DEFAULTS]
+        lines.append([varied, *(signed(x) if x.count else "-" for x in (*costs, *gains))])
+    lines.sort(key=lambda cells: (cells[0] != CENTRAL, cells[0]))
+    told = (f"{name}, less {BASELINE}" for name in _DEFAULTS)
+    return markdown([f"{data}, unmasked less masked", *columns, *told], lines)
 
 
 def rebuilt(done: Iterable[rows.Row], data: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from benchmarks.drift import rows
 from benchmarks.drift.bank_tables import BLOCKS, CHOSEN, FAST
@@ -132,19 +133,26 @@ def shared(done: Iterable[rows.Row], data: str) -> str:
 
 
 def scores(
-    done: Iterable[rows.Row], data: str, columns: dict[str, Column]
+    done: Iterable[rows.Row], data: str, columns: dict[str, Column], mask: bool = True
 ) -> dict[str, dict[str, dict[int, float]]]:
-    """NDCG@10 by setting and column, by seed; updates of 16 micro-batches alone."""
+    """NDCG@10 by setting and column, by seed; updates of 16 micro-batches alone.
+
+    Args:
+        done: rows, in any order.
+        data: whose rows to take.
+        columns: what belongs where.
+        mask: whose rows to take; the setting's name does not tell it.
+    """
     found: dict[str, dict[str, dict[int, float]]] = {}
     for row in done:
         if "error" in row or row["setting"]["data"] != data:
             continue
         setting = from_row(row["setting"])
-        if setting.accumulation != 16:
+        if setting.accumulation != 16 or setting.mask != mask:
             continue
         for name, belongs in columns.items():
             if belongs(setting):
-                line = found.setdefault(setting.varied or CENTRAL, {})
+                line = found.setdefault(replace(setting, mask=True).varied or CENTRAL, {})
                 line.setdefault(name, {})[setting.seed] = row["test_ndcg10"]
     return found
 

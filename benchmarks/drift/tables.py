@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.drift.bank_tables import amounts, blocks, chosen, grown, lags, sizes, two, whole
 from benchmarks.drift.centre_tables import anysize, centred, centred_updates, largest
+from benchmarks.drift.default_bank_tables import masking, trainset
 from benchmarks.drift.default_tables import default, few, library, means
 from benchmarks.drift.families import DATA, SCORES, TRANSPORT, banks, baselines
 from benchmarks.drift.momentum_tables import momentum
@@ -159,6 +160,8 @@ TABLES: dict[str, Callable[[], list[Setting]]] = {
     "momentum": momentum,
     "rebuilt": rebuilt,
     "symmetric": symmetric,
+    "trainset": trainset,
+    "masking": masking,
 }
 
 
