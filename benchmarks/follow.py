@@ -118,7 +118,7 @@ def measure(options: FollowOptions, device: Device, slots: int, rate: float) -> 
         slots,
         options.accumulation * step,
         moved,
-        2 * slots * (1 + options.m) * options.d**2 / rate,
+        2 * slots * (1 + options.m) * options.d * min(options.d, 2 * options.probes) / rate,
         rebuild,
         2 * slots**2 * options.m * options.d / rate,
         between,

@@ -2,7 +2,7 @@
 
 Probes are texts that are encoded again after every step. A ridge regression of their displacement
 says where the step has taken the other vectors of the same encoder, those in the bank among them.
-It needs no texts of the bank and no pass over it but one product with a (d, d) matrix an update.
+It needs no texts of the bank and no pass over it but one product with a matrix an update.
 What it gets wrong of the mean, which a model could flee along, is put right by the running means of
 ``drift="mean"``.
 """
@@ -22,16 +22,21 @@ from contaccum_ext.staleness import SlotStaleness
 
 Vectors = tuple[Tensor, Tensor]  # of queries and of passages
 
-_CHUNK = 1 << 16  # slots moved at once: bounds the memory beside the bank
+# Slots moved at once bound the memory beside the bank; a GPU needs more of them to be busy.
+_CHUNKS = {"cpu": 1 << 10, "cuda": 1 << 16}
 
 
 @dataclass(frozen=True)
 class Displacement:
-    """The affine map v -> v + shift + (v - centre) slope that takes probes from old to new."""
+    """The affine map v -> v + shift + (v - centre) slope that takes probes from old to new.
+
+    The slope, (d, d), is ``onto.T @ back``: of rank R, so that a few probes are cheap to follow.
+    """
 
     centre: Tensor  # (d,)
     shift: Tensor  # (d,)
-    slope: Tensor  # (d, d)
+    onto: Tensor  # (R, d)
+    back: Tensor  # (R, d)
     error: Tensor  # (): how far off it is for a text that is no probe, in spreads of the new probes
 
     @classmethod
@@ -54,27 +59,35 @@ class Displacement:
         centre, shift = old.mean(0), moved.mean(0)
         spread = old - centre
         gram = spread @ spread.T
-        tiny = torch.finfo(gram.dtype).tiny  # for probes that are all alike
+        tiny = torch.finfo(torch.float32).tiny  # for probes that are all alike
         strength = ridge * gram.diagonal().mean() + tiny
         identity = torch.eye(len(old), dtype=gram.dtype, device=gram.device)
         factor, _ = torch.linalg.cholesky_ex(gram + strength * identity)
-        weights = torch.cholesky_solve(moved - shift, factor)
-        slope = spread.T @ weights
+        # Split evenly: then no singular value of `onto` is above 1, and rounding harms neither.
+        onto, back = (
+            torch.linalg.solve_triangular(factor, x, upper=False) for x in (spread, moved - shift)
+        )
         # 1 - h_i; the mean, too, is fitted. Two probes leave nothing to tell from.
         free = strength * torch.cholesky_inverse(factor).diagonal() - 1 / len(old)
+        weights = torch.linalg.solve_triangular(factor.T, back, upper=True)
         left_out = strength * weights / free.clamp(min=1e-9).unsqueeze(1)
         size = new.double().var(0, correction=0).sum().sqrt() + tiny
-        return cls(centre, shift, slope, left_out.square().sum(1).mean().sqrt() / size)
+        return cls(centre, shift, onto, back, left_out.square().sum(1).mean().sqrt() / size)
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """(..., d) moved, in float32 where the vectors are narrower."""
         x = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-        centre, shift, slope = (t.to(x) for t in (self.centre, self.shift, self.slope))
-        return x + shift + (x - centre) @ slope
+        return self.turn(x - self.centre.to(x)) + (self.centre + self.shift).to(x)
 
     def turn(self, differences: Tensor) -> Tensor:
         """(..., d): what becomes of differences between vectors, in their dtype."""
-        return differences + differences @ self.slope.to(differences)
+        flat = differences.flatten(0, -2)
+        onto, back = self.onto.to(flat), self.back.to(flat)
+        if 2 * len(onto) < flat.shape[1]:
+            moved = torch.addmm(flat, flat @ onto.T, back)
+        else:
+            moved = torch.addmm(flat, flat, (self.onto.T @ self.back).to(flat))
+        return moved.view_as(differences)
 
 
 @torch.no_grad()
@@ -158,8 +171,9 @@ def transport_slots(slots: SlotStaleness, old: Vectors, new: Vectors, **options:
 
 def _chunks(bank: DualMemoryBank) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the ring, and (slots,) their positions."""
-    for begin in range(0, bank.capacity, _CHUNK):
-        part = slice(begin, min(begin + _CHUNK, bank.capacity))
+    size = _CHUNKS[bank.device.type]
+    for begin in range(0, bank.capacity, size):
+        part = slice(begin, min(begin + size, bank.capacity))
         yield part, torch.arange(part.start, part.stop, device=bank.device)
 
 

@@ -7,9 +7,13 @@ import torch
 from test_drift_corrections import SIZE, UPDATES, D, World, rotation, translation
 from test_drift_loss import TOLERANCE, K, N, cut, drawn
 
+import contaccum_ext as ca
 from benchmarks.drift.corrections import History, stacked
+from benchmarks.drift.default_bank import PARTS
+from benchmarks.drift.lag import Lag
 from benchmarks.drift.loss import BankView, LossShape, Seen, update_loss
 from benchmarks.drift.methods import make
+from contaccum_ext.staleness import SlotStaleness
 
 SLOPE = 0.3 * 55**0.5  # of `translation`, a update: 0.3 |(0, 1, 2, 3, 4, 5)|
 
@@ -192,6 +196,20 @@ def test_scores_among_banked_vectors_may_lag_behind_these():
     torch.testing.assert_close(view.frozen_queries, at_rebuild[:, 0], rtol=0, atol=1e-10)
     torch.testing.assert_close(view.frozen_passages, at_rebuild[:, 1:], rtol=0, atol=1e-10)
     assert (view.frozen_queries - view.queries).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("capacity", [8, 256, 264, 1000])
+def test_tables_of_large_banks_lag_as_the_library_s_do(capacity):
+    bank, lag = ca.DualMemoryBank(capacity, 2), Lag(8, parts=PARTS)
+    slots, filled = SlotStaleness(bank), []
+    for update in range(1, 3 * capacity // 8 + 70):
+        bank.enqueue(torch.randn(8, 2), torch.randn(8, 1, 2))
+        slots.note_written()
+        due = slots.rebuild_due()
+        slots.age(0.0, due)
+        assert lag.due(update, len(bank)) == due, update
+        filled.append(due)
+    assert all(filled) == (capacity <= 256)
 
 
 def test_between_updates_alone_means_correct_old_slots_alone():

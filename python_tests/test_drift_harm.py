@@ -104,7 +104,7 @@ def test_the_default_of_a_size_is_what_the_library_has_there():
     assert made(4096, epochs=10) == CHOSEN | SPREAD | {"narrow": 0.3}
     assert made(16384, row_weighting="all", epochs=10) == CHOSEN | SPREAD | {
         "narrow": 0.0,
-        "rebuild": 4,
+        "parts": 32,
     }
     one = default_bank(2, "medquad", 16384, {"epochs": 10, "mask": False})
     assert is_default(one, 16384) and not is_default(one, 4096)

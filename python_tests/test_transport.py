@@ -57,6 +57,25 @@ def test_the_ridge_is_in_units_of_the_mean_eigenvalue():
     torch.testing.assert_close(field(others), others + moved.mean(0) + wanted)
 
 
+@pytest.mark.parametrize("ridge", [1e-6, 0.1])
+@pytest.mark.parametrize("count", [20, 60], ids=["few probes", "many"])
+def test_narrow_vectors_are_turned_as_precisely_as_products_allow(count, ridge):
+    d = 96
+    generator = torch.Generator().manual_seed(3)
+    old, moved, x = (torch.randn(r, d, generator=generator, dtype=F64) for r in (count, count, 50))
+    field = Displacement.fit(old, old + 0.1 * moved, ridge)
+    assert torch.linalg.matrix_norm(field.onto, 2) <= 1 + 1e-9
+    onto, back = field.onto, field.back
+    x = x.float()
+    exact = x.double() + x.double() @ onto.T @ back
+    # Every product of s terms is off by s roundings of its absolute terms at most; both factors
+    # and the sum are rounded, too.
+    terms = x.double().abs() @ onto.abs().T @ back.abs()
+    unit = torch.finfo(torch.float32).eps
+    bound = unit * ((2 * d + count + 4) * terms + 2 * x.double().abs())
+    assert (field.turn(x).double() - exact).abs().le(bound).all()
+
+
 def test_the_error_is_that_of_leaving_each_probe_out():
     old = vectors(9)
     new = old + 0.2 * vectors(9, seed=1)
@@ -97,12 +116,15 @@ def test_probes_that_stay_leave_the_bank_as_it_is(device):
     ids=["normalized", "as they are", "about means", "about means, as they are"],
 )
 @pytest.mark.parametrize("both", [False, True], ids=["one way", "symmetric"])
-def test_loss_and_gradients_after_transport_are_the_oracle_s(device, slots, drift, unit, both):
+@pytest.mark.parametrize("count", [3, 6], ids=["few probes", "many"])  # than half the dimensions
+def test_loss_and_gradients_after_transport_are_the_oracle_s(
+    device, slots, drift, unit, both, count
+):
     bank = filled_bank(device, slots=slots, drift=drift, symmetric=both)
     oracle = reference.DualMemoryBank(CAPACITY, D, M, F64, drift, layout=LAYOUT)
     for begin in range(0, slots, 5):
         oracle.enqueue(vectors(5, seed=begin), vectors(5, M, seed=begin + 1))
-    moves = probes(6)
+    moves = probes(count)
     for step in range(4):  # the table is rebuilt at the first and the third, and else kept
         if step % 2 == 0:
             ca.transport(bank, *(x.to(device) for x in moves), ridge=0.3, normalize=unit)

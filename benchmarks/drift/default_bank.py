@@ -9,8 +9,8 @@ from benchmarks.drift.bank_tables import CHOSEN
 from benchmarks.drift.centre_tables import SPREAD
 from benchmarks.drift.settings import Setting
 
+PARTS = 32  # of a bank: its table is rebuilt once one of them is new
 _WIDE_EPOCHS = 3  # in which more slots take part than an automatic bank has
-_PARTS = 32  # the table is rebuilt once that part of a bank is new
 
 
 def default_bank(seed: int, data: str, bank: int, change: dict[str, Any]) -> Setting:
@@ -22,8 +22,8 @@ def default_bank(seed: int, data: str, bank: int, change: dict[str, Any]) -> Set
         options = options | {"narrow": 0.0}
     elif bank > automatic and plain.epochs > _WIDE_EPOCHS:
         options = options | {"narrow": _WIDE_EPOCHS / plain.epochs}
-    if bank > _PARTS * plain.update_size:
-        options = options | {"rebuild": bank // (_PARTS * plain.update_size)}
+    if bank > PARTS * plain.update_size:
+        options = options | {"parts": PARTS}
     return replace(plain, options=options)
 
 

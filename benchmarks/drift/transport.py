@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.drift.corrections import Context, Correction, Mean, stacked
+from benchmarks.drift.lag import Lag
 from benchmarks.drift.loss import BankView
 
 _KERNELS = ("linear", "exp", "mean")
@@ -132,12 +133,9 @@ class Transport(Correction):
         self.ridge, self.kernel, self.width = ridge, kernel, width
         self.renormalize = renormalize and context.normalized
         self.old: tuple[Tensor, Tensor] | None = None
-        history = self.history
-        self.kept = (
-            (torch.zeros_like(history.queries), torch.zeros_like(history.passages))
-            if keep
-            else (history.queries, history.passages)
-        )
+        self.kept = (self.history.queries, self.history.passages)
+        if keep:
+            self.kept = (torch.zeros_like(self.kept[0]), torch.zeros_like(self.kept[1]))
         self.choose(probes)
 
     def choose(self, probes: int) -> None:
@@ -222,7 +220,7 @@ class TransportMean(Mean):
         moved: score banked vectors among themselves as they are after all moves, at the update's
             beginning; otherwise as they were enqueued.
         turned: score them turned, about the means at which they were enqueued.
-        rebuild: with `moved`, move them every so many updates, as an op rebuilds its table.
+        rebuild, parts: with `moved`, when: `every` and `parts` of `Lag`.
         between: the means correct between updates alone: within one, banked vectors are what they
             were at its beginning and its own what they are.
         options: of `Mean`.
@@ -238,13 +236,14 @@ class TransportMean(Mean):
         turned: bool = False,
         between: bool = False,
         rebuild: int = 1,
+        parts: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(context, **options)
         if self.blocks and (turned or between):
             raise ValueError("block: expected None with turned or between")
-        self.rebuild = rebuild
-        self.kept = torch.zeros_like(self.centred) if rebuild > 1 else None
+        self.lag = Lag(self.history.update_size, rebuild, parts)
+        self.kept = torch.zeros_like(self.centred) if self.lag else None
         self.between, self.moved_among_themselves = between, moved
         self.enqueued = torch.zeros_like(self.centred) if turned else None  # the means
         self.probe, self.predict = Transport(context, probes, ridge), predict
@@ -256,8 +255,8 @@ class TransportMean(Mean):
         if self.enqueued is not None:
             self.enqueued[own] = vectors - self.centred[own]
         if self.kept is not None and self.means is not None:
-            if update % self.rebuild == 0:
-                bank = slice(self.history.bank(update).start, own.start)
+            bank = slice(self.history.bank(update).start, own.start)
+            if self.lag.due(update, bank.stop - bank.start):
                 self.kept[bank] = self.centred[bank] + self.means[0]
             self.kept[own] = vectors
 
