@@ -10,7 +10,6 @@ What it gets wrong of the mean, which a model could flee along, is put right by 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,76 +17,13 @@ from torch import Tensor, nn
 
 from contaccum_ext import validation
 from contaccum_ext.bank import DualMemoryBank
+from contaccum_ext.displacement import Displacement, fit_all
 from contaccum_ext.staleness import SlotStaleness
 
 Vectors = tuple[Tensor, Tensor]  # of queries and of passages
 
 # Slots moved at once bound the memory beside the bank; a GPU needs more of them to be busy.
 _CHUNKS = {"cpu": 1 << 10, "cuda": 1 << 16}
-
-
-@dataclass(frozen=True)
-class Displacement:
-    """The affine map v -> v + shift + (v - centre) slope that takes probes from old to new.
-
-    The slope, (d, d), is ``onto.T @ back``: of rank R, so that a few probes are cheap to follow.
-    """
-
-    centre: Tensor  # (d,)
-    shift: Tensor  # (d,)
-    onto: Tensor  # (R, d)
-    back: Tensor  # (R, d)
-    error: Tensor  # (): how far off it is for a text that is no probe, in spreads of the new probes
-
-    @classmethod
-    def fit(cls, old: Tensor, new: Tensor, ridge: float) -> Displacement:
-        """Fit the map to probes.
-
-        With E = old less its mean, D = (new - old) less its mean and G = E E^T (R, R), the slope is
-        E^T (G + ridge tr(G) / R)^-1 D: of all maps that explain the displacements about as well,
-        the one that moves other directions least. Its error is that of leaving each probe out in
-        turn, which takes no other fits: the root mean square of e_i / (1 - h_i), e the residuals
-        and h the leverages.
-
-        Args:
-            old: (R, d) floating, texts before a step.
-            new: (R, d) the same texts after it.
-            ridge: in units of the mean eigenvalue of G; larger trusts the probes less.
-        """
-        # float64: G is nearly singular, and TF32 would drown what is small in it.
-        old, moved = old.double(), new.double() - old.double()
-        centre, shift = old.mean(0), moved.mean(0)
-        spread = old - centre
-        gram = spread @ spread.T
-        tiny = torch.finfo(torch.float32).tiny  # for probes that are all alike
-        strength = ridge * gram.diagonal().mean() + tiny
-        identity = torch.eye(len(old), dtype=gram.dtype, device=gram.device)
-        factor, _ = torch.linalg.cholesky_ex(gram + strength * identity)
-        # Split evenly: then no singular value of `onto` is above 1, and rounding harms neither.
-        onto, back = (
-            torch.linalg.solve_triangular(factor, x, upper=False) for x in (spread, moved - shift)
-        )
-        # 1 - h_i; the mean, too, is fitted. Two probes leave nothing to tell from.
-        free = strength * torch.cholesky_inverse(factor).diagonal() - 1 / len(old)
-        weights = torch.linalg.solve_triangular(factor.T, back, upper=True)
-        left_out = strength * weights / free.clamp(min=1e-9).unsqueeze(1)
-        size = new.double().var(0, correction=0).sum().sqrt() + tiny
-        return cls(centre, shift, onto, back, left_out.square().sum(1).mean().sqrt() / size)
-
-    def __call__(self, vectors: Tensor) -> Tensor:
-        """(..., d) moved, in float32 where the vectors are narrower."""
-        x = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-        return self.turn(x - self.centre.to(x)) + (self.centre + self.shift).to(x)
-
-    def turn(self, differences: Tensor) -> Tensor:
-        """(..., d): what becomes of differences between vectors, in their dtype."""
-        flat = differences.flatten(0, -2)
-        onto, back = self.onto.to(flat), self.back.to(flat)
-        if 2 * len(onto) < flat.shape[1]:
-            moved = torch.addmm(flat, flat @ onto.T, back)
-        else:
-            moved = torch.addmm(flat, flat, (self.onto.T @ self.back).to(flat))
-        return moved.view_as(differences)
 
 
 @torch.no_grad()
@@ -143,7 +79,9 @@ def transport(
         _pair(bank, "queries", old_queries, new_queries),
         _pair(bank, "passages", old_passages, new_passages),
     ]
-    fields = [Displacement.fit(old, new, ridge) for old, new in pairs]
+    _check_finite(old_queries, new_queries, old_passages, new_passages)
+    dtype = bank.means.dtype
+    fields = [field.each(lambda x: x.to(dtype)) for field in fit_all(pairs, ridge)]
     if bank.drift == "mean":
         _turn(bank, fields)
     else:
@@ -214,14 +152,21 @@ def _pair(bank: DualMemoryBank, name: str, old: Tensor, new: Tensor) -> tuple[Te
             )
         if tensor.device != bank.device:
             raise ValueError(f"{side}_{name}: expected device {bank.device}, got {tensor.device}")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{side}_{name}: expected finite values")
     if old.shape != new.shape:
         raise ValueError(
             f"new_{name}: expected the probes of old_{name}, shape {tuple(old.shape)}, got "
             f"{tuple(new.shape)}"
         )
     return old.detach().flatten(0, -2), new.detach().flatten(0, -2)
+
+
+def _check_finite(*probes: Tensor) -> None:
+    """Of `transport`, in its order; read back from the device once."""
+    names = ("old_queries", "new_queries", "old_passages", "new_passages")
+    finite = torch.stack([torch.isfinite(x).all() for x in probes]).tolist()
+    for name, fine in zip(names, finite, strict=True):
+        if not fine:
+            raise ValueError(f"{name}: expected finite values")
 
 
 class BankTransport:

@@ -30,9 +30,9 @@ from tiny_sentence_transformer import (
 )
 from transported_banks import encode, learn, make, optimizer, probe_columns
 
+from contaccum_ext.displacement import Displacement
 from contaccum_ext.drift_signs import ScoreShift
 from contaccum_ext.integrations.sentence_transformers import ContAccumLoss, readings
-from contaccum_ext.transport import Displacement
 
 UPDATE = 2 * BATCH
 OPTIONS = {"drift": "transport", "drift_probes": 8, "drift_ridge": 0.2}
