@@ -45,7 +45,8 @@ def contaccum_loss(
     Args:
         queries: (n, d) floating.
         passages: (n, m, d) floating, positive first; (n, d) means m = 1.
-        bank: a `DualMemoryBank` of this module, the package's own, or None.
+        bank: a `DualMemoryBank` of this module, the package's own, or None. Of the package's own,
+            scores among banked vectors are those of the vectors as they are.
         temperature: number, or a floating tensor, () or (1,), which gets its gradient; scores
             are inner products divided by it.
         passage_ids: (n, m) int64, -1 for none; None leaves nothing out.
@@ -69,6 +70,10 @@ def contaccum_loss(
     if isinstance(temperature, Tensor):
         temperature = temperature.reshape(()).to(compute)
     scale = 1.0 / temperature
+    lagging = None  # scores of vectors as they were, where these have been moved since
+    if isinstance(bank, DualMemoryBank):
+        number = temperature.item() if isinstance(temperature, Tensor) else float(temperature)
+        lagging = bank.lagging_scores(number)
     q = _straight_through(queries, storage, compute)
     p = _straight_through(passages, storage, compute)
     keep = enqueue and bank is not None and _all_finite(queries, passages, storage, scale)
@@ -90,10 +95,14 @@ def contaccum_loss(
         epsilon, delta = torch.zeros_like(bank_q), torch.zeros_like(bank_p)
 
     local_columns, banked_columns = p.reshape(n * m, d), bank_p.reshape(used * m, d)
+    among = bank_q @ banked_columns.T
+    if lagging is not None:
+        places = bank.places()[len(bank) - used :]
+        among = lagging[0].among(places).reshape(used, used * m).to(compute)
     scores = scale * torch.cat(  # rows: local, banked; columns: local, banked
         [
             torch.cat([q @ local_columns.T, q @ (banked_columns + delta.reshape(-1, d)).T], 1),
-            torch.cat([(bank_q + epsilon) @ local_columns.T, bank_q @ banked_columns.T], 1),
+            torch.cat([(bank_q + epsilon) @ local_columns.T, among], 1),
         ]
     )
     rows, columns = (torch.arange((n + used) * k, device=q.device) for k in (1, m))
@@ -109,7 +118,12 @@ def contaccum_loss(
     if banks == "queries":  # banked passages only as the targets of their own rows
         absent[:, n * m :] |= ~is_target[:, n * m :]
     plain, scores = scores, scores.masked_fill(absent, -math.inf)
-    per_row = torch.logsumexp(scores, 1) - scores[rows, target]
+    targets = scores[rows, target]
+    if lagging is not None:
+        targets = torch.cat([targets[:n], scale * lagging[0].own(places).to(compute)])
+        if banks == "queries":
+            scores = torch.where(is_target, targets[:, None], scores)
+    per_row = torch.logsumexp(scores, 1) - targets
     if banks == "passages":
         per_row = per_row[:n]
     weights = n if row_weighting == "local" else len(per_row)
@@ -118,11 +132,17 @@ def contaccum_loss(
         loss = _center(loss, p, bank.centering, over, keep)
     if symmetric:
         of_positives = plain[:, target].T  # rows: positives, columns: queries
+        targets = of_positives.diagonal()
+        if lagging is not None:
+            among = scale * lagging[1].among(places)[:, :, 0].to(compute)
+            banked = torch.cat([of_positives[n:, :n], among], 1)
+            of_positives = torch.cat([of_positives[:n], banked])
+            targets = torch.cat([targets[:n], scale * lagging[1].own(places).to(compute)])
         if passage_ids is not None:
             own = ids[target]
             same = (own == own[:, None]) & (own != -1) & (rows != rows[:, None])
             of_positives = of_positives.masked_fill(same, -math.inf)
-        per_row = torch.logsumexp(of_positives, 1) - of_positives.diagonal()
+        per_row = torch.logsumexp(of_positives, 1) - targets
         mirrored = per_row.sum() / weights
         if over is not None:
             mirrored = _center(mirrored, q, bank.mirror.centering, over, keep)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from contaccum_ext.layout import BankLayout, accumulation_dtype
+from contaccum_ext.reference_scores import LaggingScores
 
 
 @dataclass
@@ -65,6 +66,10 @@ class DualMemoryBank:
         # and of queries, which are the columns of a symmetric loss's other half.
         self.centering = torch.zeros(2, self.dim, dtype=acc)
         self.mirror = SimpleNamespace(centering=torch.zeros_like(self.centering))
+        # The temperature that scores among banked vectors are known for; those of a symmetric
+        # loss's both halves, where they are not of the vectors as they are.
+        self._temperature: float | None = None
+        self._lagging: tuple[LaggingScores, LaggingScores] | None = None
 
     def begin_update(self) -> None:
         """Count batches anew for ``center_over``."""
@@ -86,6 +91,25 @@ class DualMemoryBank:
     def passage_ids(self) -> Tensor:
         """(F, m) int64."""
         return self._stack([slot.ids for slot in self.slots], (self.passages_per_query,)).long()
+
+    def places(self) -> Tensor:
+        """(F,) int64 ring positions, oldest first."""
+        return torch.arange(self.written - len(self), self.written) % self.capacity
+
+    def lagging_scores(self, temperature: float) -> tuple[LaggingScores, LaggingScores] | None:
+        """Scores among banked vectors, and among positives and queries; None: as vectors are now.
+
+        Args:
+            temperature: that they are used at. All are computed anew where it is another one.
+        """
+        if self._temperature != temperature:
+            self._temperature, self._lagging = temperature, None
+        return self._lagging
+
+    def _halves(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Rows and columns of both halves of a symmetric loss."""
+        queries, passages = self.queries(), self.passages()
+        return (queries, passages), (passages[:, 0], queries[:, None])
 
     def _stack(self, rows: list[Tensor], shape: tuple[int, ...]) -> Tensor:
         return torch.stack(rows) if rows else torch.zeros(0, *shape, dtype=self.dtype)
@@ -127,7 +151,15 @@ class DualMemoryBank:
         batch = torch.cat([queries[:, None], passages], 1).detach().to(self.dtype).to(self.mean)
         return (1 - self.drift_decay * bool(self.slots)) * (batch.mean(0) - self.mean)
 
-    def transport(self, old: Tensor, new: Tensor, kind: str, ridge: float, normalize: bool) -> None:
+    def transport(
+        self,
+        old: Tensor,
+        new: Tensor,
+        kind: str,
+        ridge: float,
+        normalize: bool,
+        rebuild: bool = True,
+    ) -> None:
         """Move banked vectors as probes have moved; with drift="mean" about their running means.
 
         Args:
@@ -136,7 +168,16 @@ class DualMemoryBank:
             kind: "queries" or "passages": what they are, and what is moved.
             ridge: in units of the mean eigenvalue of the probes' Gram matrix.
             normalize: bring moved vectors to length 1; with drift="mean" they are left as they are.
+            rebuild: scores among banked vectors follow; otherwise see `LaggingScores`.
         """
+        if rebuild:
+            self._temperature = self._lagging = None
+        elif self._lagging is None and self._temperature is not None and self.slots:
+            first, second = (
+                LaggingScores(self.places(), *half, self.capacity, self.layout)
+                for half in self._halves()
+            )
+            self._lagging = first, second
         old, new = old.double(), new.double()
         spread, moved = old - old.mean(0), new - old
         gram = spread @ spread.T
@@ -186,3 +227,14 @@ class DualMemoryBank:
             self.slots.append(_Slot(queries[i], passages[i], passage_ids[i], generation))
             self.written += 1
         self.slots = self.slots[-self.capacity :]
+        if self._temperature is None:
+            self._temperature = 1.0  # as the package's bank, whose table must be of some
+        if self._lagging is not None:
+            count = len(queries)
+            head = (self.written - count) % self.capacity
+            known = [
+                scores.enqueued(head, count, self.places(), *half)
+                for scores, half in zip(self._lagging, self._halves(), strict=True)
+            ]
+            if not all(known):
+                self._lagging = None

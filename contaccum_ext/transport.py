@@ -50,7 +50,8 @@ def transport(
     Scores of local vectors are always with moved ones. Those among banked vectors are in the table,
     which by default is rebuilt when the bank is next used, in O(F^2). With ``rebuild=False`` it
     stays as it is: a score in it is of the vectors as they were when it was last computed, at a
-    rebuild, when the younger of the two came, or while head passed by a block before it.
+    rebuild, when the younger of the two came, or while head passed by a block before it
+    (``LaggingScores`` of the reference says it exactly).
 
     Args:
         bank: with either drift.

@@ -11,21 +11,29 @@ import contaccum_ext as ca
 from contaccum_ext import ops
 
 
-def scratch_table(bank: ca.DualMemoryBank, written: int, scale: float) -> Tensor:
+def scratch_table(
+    bank: ca.DualMemoryBank, written: int, scale: float, among: Tensor | None = None
+) -> Tensor:
     """Invariant T from its definition: (F, blocks) float64, from the banked vectors and ids alone.
 
-    `written` is the number of slots ever written, from which the ring positions follow.
+    `written` is the number of slots ever written, from which the ring positions follow; `among`,
+    (F, F, m), inner products that are not those of the vectors as they are.
     """
-    scores, of_block = _scratch_scores(bank, scale), _blocks_of_columns(bank, written)[0, :, 0]
+    scores, of_block = (
+        _scratch_scores(bank, scale, among),
+        _blocks_of_columns(bank, written)[0, :, 0],
+    )
     columns = [scores[:, of_block == b].flatten(1) for b in range(bank.block_lse.shape[0])]
     empty = scores.new_full((len(scores),), -math.inf)
     return torch.stack([c.logsumexp(1) if c.shape[1] else empty for c in columns], 1)
 
 
-def _scratch_scores(bank: ca.DualMemoryBank, scale: float) -> Tensor:
+def _scratch_scores(bank: ca.DualMemoryBank, scale: float, among: Tensor | None) -> Tensor:
     """(F, F, m) float64 scores of banked rows with banked columns, masked, oldest first."""
     q, p, ids = bank.queries().double(), bank.passages().double(), bank.passage_ids()
-    scores = scale * torch.einsum("id,jkd->ijk", q, p)
+    if among is None:
+        among = torch.einsum("id,jkd->ijk", q, p)
+    scores = scale * among.to(q.device)
     same = (ids[:, :1, None] == ids) & (ids[:, :1, None] != -1)
     index = torch.arange(len(ids))
     same[index, index, 0] = False  # the target itself stays
@@ -38,9 +46,12 @@ def _blocks_of_columns(bank: ca.DualMemoryBank, written: int) -> Tensor:
     return (slot // bank.layout.block).to(bank.cursor.device)[None, :, None]
 
 
-def scratch_expected(bank: ca.DualMemoryBank, written: int, scale: float) -> Tensor:
-    """(F, blocks) float64: what the second table is to hold, from vectors and ids alone."""
-    scores, lse = _scratch_scores(bank, scale), scratch_table(bank, written, scale)
+def scratch_expected(
+    bank: ca.DualMemoryBank, written: int, scale: float, among: Tensor | None = None
+) -> Tensor:
+    """(F, blocks) float64: what the second table is to hold; arguments as of `scratch_table`."""
+    scores = _scratch_scores(bank, scale, among)
+    lse = scratch_table(bank, written, scale, among)
     of_block = _blocks_of_columns(bank, written)
     expected = torch.zeros_like(lse)
     for b in range(lse.shape[1]):

@@ -98,8 +98,10 @@ def setups(draw, capacities=small, dims=small) -> Setup:
 @st.composite
 def steps(draw, capacity: int) -> Step:
     """Mostly losses; small batches mostly, now and then one larger than the bank."""
-    kinds = ["loss"] * 12 + ["window", "temperature", "offsets", "reload", "enqueue", "clear"]
-    kind = draw(st.sampled_from(kinds))
+    kinds = ["window", "temperature", "offsets", "reload", "enqueue", "clear", "move", "move"]
+    kind = draw(st.sampled_from(["loss"] * 12 + kinds))
+    if kind == "move":
+        return Step(kind, value=draw(st.sampled_from([False, False, True])))
     if kind == "window":
         return Step(kind, value=draw(st.one_of(st.none(), st.integers(1, capacity))))
     if kind == "temperature":
