@@ -95,8 +95,9 @@ def contaccum_loss(
         epsilon, delta = torch.zeros_like(bank_q), torch.zeros_like(bank_p)
 
     local_columns, banked_columns = p.reshape(n * m, d), bank_p.reshape(used * m, d)
-    among = bank_q @ banked_columns.T
-    if lagging is not None:
+    if lagging is None:
+        among = bank_q @ banked_columns.T
+    else:
         places = bank.places()[len(bank) - used :]
         among = lagging[0].among(places).reshape(used, used * m).to(compute)
     scores = scale * torch.cat(  # rows: local, banked; columns: local, banked

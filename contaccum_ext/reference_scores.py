@@ -36,19 +36,17 @@ class LaggingScores:
         self, places: Tensor, queries: Tensor, columns: Tensor, capacity: int, layout: BankLayout
     ) -> None:
         self._capacity, self._layout = capacity, layout
-        shape = (capacity, capacity, columns.shape[1])
-        # By place. `ahead` is what columns have that head has yet to come to.
-        self._scores, self._ahead = torch.zeros(2, *shape, dtype=torch.float64)
-        self._own = torch.zeros(capacity, dtype=torch.float64)  # of a row with its positive
-        now = self._now(places, queries, columns)
-        self._scores, self._ahead = now, now.clone()
-        self._own[places] = now[places, places, 0]
+        # By place, (C, C, m). `ahead` is what columns have that head has yet to come to.
+        self._scores = self._now(places, queries, columns)
+        self._ahead = self._scores.clone()
+        self._own = self._scores[:, :, 0].diagonal().clone()  # (C,) of a row with its positive
 
     def _now(self, places: Tensor, queries: Tensor, columns: Tensor) -> Tensor:
         """(C, C, m) inner products of the vectors as they are; 0 where there is no slot."""
         now = torch.zeros(self._capacity, self._capacity, columns.shape[1], dtype=torch.float64)
-        scores = torch.einsum("id,jmd->ijm", queries.double(), columns.double())
-        now[places[:, None], places] = scores
+        now[places[:, None], places] = torch.einsum(
+            "id,jmd->ijm", queries.double(), columns.double()
+        )
         return now
 
     def enqueued(
@@ -71,24 +69,22 @@ class LaggingScores:
         self._scores[:, new] = now[:, new]
         self._own[new] = now[new, new, 0]
 
-        before, after = head, (head + count) % capacity
-        current, offset = divmod(after, block)
-        following = (current + 1) % self._layout.blocks(capacity)
-        passed, left = offset // group, -(-offset // group)  # whole groups behind head and ahead
-        done = before % block // group
-        crossed = before // block != current
+        blocks, after = self._layout.blocks(capacity), (head + count) % capacity
+        (left_block, was), (block_now, offset) = divmod(head, block), divmod(after, block)
+        done, passed = was // group, offset // group  # groups wholly behind head, before and now
+        first = -(-offset // group)  # the first one wholly ahead of it
+        crossed = left_block != block_now
         if crossed:
-            from_next = (before // block + 1) % self._layout.blocks(capacity) == current
-            for k in range(left, self._layout.groups()):
-                columns_of = self._group(current, k)
-                known = from_next and k < done
-                self._scores[:, columns_of] = (self._ahead if known else now)[:, columns_of]
+            neighbour = (left_block + 1) % blocks == block_now
+            for k in range(first, self._layout.groups()):
+                at, known = self._group(block_now, k), neighbour and k < done
+                self._scores[:, at] = (self._ahead if known else now)[:, at]
         for k in range(0 if crossed else done, passed):
-            columns_of = self._group(following, k)
-            self._ahead[:, columns_of] = now[:, columns_of]
-        if passed != left:
-            columns_of = slice(after, self._group(current, passed).stop)
-            self._scores[:, columns_of] = now[:, columns_of]
+            at = self._group((block_now + 1) % blocks, k)
+            self._ahead[:, at] = now[:, at]
+        if passed != first:
+            at = slice(after, self._group(block_now, passed).stop)
+            self._scores[:, at] = now[:, at]
         return True
 
     def _group(self, block: int, k: int) -> slice:
