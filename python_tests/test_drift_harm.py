@@ -10,11 +10,18 @@ import pytest
 from benchmarks.drift import cli, harm, rows, tables
 from benchmarks.drift.bank_tables import CHOSEN
 from benchmarks.drift.centre_tables import SPREAD
-from benchmarks.drift.default_bank import default_bank, is_default
+from benchmarks.drift.default_bank import (
+    AUTO_UPDATES,
+    PARTS,
+    WIDE_EPOCHS,
+    default_bank,
+    is_default,
+)
 from benchmarks.drift.report import brief
 from benchmarks.drift.settings import Setting, from_row
 from benchmarks.drift.side_tables import alike, any_size, both_ways, rebuilt, unmasked
 from benchmarks.drift.summary import amounts, shared, summary
+from contaccum_ext import bank_size, staleness
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,6 +106,8 @@ def test_the_default_of_a_size_is_what_the_library_has_there():
     def made(size: int, **change) -> dict:
         return default_bank(1, "squad_sent", size, change).options
 
+    assert AUTO_UPDATES == bank_size.AUTO_UPDATES and WIDE_EPOCHS == bank_size.WIDE_EPOCHS
+    assert PARTS == staleness.REBUILD_PARTS
     assert made(512) == CHOSEN | SPREAD == made(512, row_weighting="all", epochs=10)
     assert made(4096, epochs=3) == CHOSEN | SPREAD
     assert made(4096, epochs=10) == CHOSEN | SPREAD | {"narrow": 0.3}

@@ -9,19 +9,21 @@ from benchmarks.drift.bank_tables import CHOSEN
 from benchmarks.drift.centre_tables import SPREAD
 from benchmarks.drift.settings import Setting
 
+# The library's, which need not be installed where this runs; a test compares them.
 PARTS = 32  # of a bank: its table is rebuilt once one of them is new
-_WIDE_EPOCHS = 3  # in which more slots take part than an automatic bank has
+AUTO_UPDATES = 4  # of slots: an automatic bank
+WIDE_EPOCHS = 3  # in which more take part
 
 
 def default_bank(seed: int, data: str, bank: int, change: dict[str, Any]) -> Setting:
     """A bank of more than two updates of slots in a training that differs by `change`."""
     plain = replace(Setting(data, seed, bank=bank, correction="follow-mean"), **change)
     options: dict[str, Any] = CHOSEN | SPREAD
-    automatic = 4 * plain.update_size
+    automatic = AUTO_UPDATES * plain.update_size
     if bank > automatic and plain.row_weighting == "all":
         options = options | {"narrow": 0.0}
-    elif bank > automatic and plain.epochs > _WIDE_EPOCHS:
-        options = options | {"narrow": _WIDE_EPOCHS / plain.epochs}
+    elif bank > automatic and plain.epochs > WIDE_EPOCHS:
+        options = options | {"narrow": WIDE_EPOCHS / plain.epochs}
     if bank > PARTS * plain.update_size:
         options = options | {"parts": PARTS}
     return replace(plain, options=options)
