@@ -107,8 +107,13 @@ def square_product_rate(device: Device, size: int, dtype: torch.dtype, bursts: i
     """
     a, b = (torch.randn(size, size, device=device.name).to(dtype) for _ in range(2))
     call = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+    return 2 * size**3 * call_rate(device, call, bursts)
+
+
+def call_rate(device: Device, call: Callable[[], object], bursts: int = 20) -> float:
+    """Calls per second in the fastest of bursts of five."""
     device.burst(call, 3)
-    return 5 * 2 * size**3 / min(device.burst(call, 5)[0] for _ in range(bursts))
+    return 5 / min(device.burst(call, 5)[0] for _ in range(bursts))
 
 
 def _best(call: Callable[[], object], seconds: float) -> float:

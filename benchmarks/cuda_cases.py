@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.cases import Batches, Case, make_vectors
-from benchmarks.ceilings import Ceilings, square_product_rate
+from benchmarks.ceilings import Ceilings, call_rate, square_product_rate
 from benchmarks.cuda_peers import COMPILED, CUDA_PEERS
 from benchmarks.device import Device, StepTimes, backward_in_calling_thread, time_steps
 from benchmarks.peers import OURS, Peer
@@ -134,8 +134,7 @@ def measure_ceilings(device: Device, size: int = 8192, copied: int = 2 << 30) ->
     """
     source = torch.ones(copied // 4, device=device.name)
     copy = functools.partial(torch.empty_like(source).copy_, source)
-    device.burst(copy, 3)
-    copies = 5 / min(device.burst(copy, 5)[0] for _ in range(20))
+    copies = call_rate(device, copy)
     multiplied = square_product_rate(device, size, torch.bfloat16)
     del source, copy
     device.release()

@@ -14,7 +14,7 @@ from benchmarks.drift.default_bank import (
     AUTO_UPDATES,
     PARTS,
     WIDE_EPOCHS,
-    default_bank,
+    by_default,
     is_default,
 )
 from benchmarks.drift.report import brief
@@ -104,7 +104,7 @@ def test_shared_means_are_compared_with_those_of_micro_batches():
 
 def test_the_default_of_a_size_is_what_the_library_has_there():
     def made(size: int, **change) -> dict:
-        return default_bank(1, "squad_sent", size, change).options
+        return by_default(bank(size, **change)).options
 
     assert AUTO_UPDATES == bank_size.AUTO_UPDATES and WIDE_EPOCHS == bank_size.WIDE_EPOCHS
     assert PARTS == staleness.REBUILD_PARTS
@@ -115,14 +115,14 @@ def test_the_default_of_a_size_is_what_the_library_has_there():
         "narrow": 0.0,
         "parts": 32,
     }
-    one = default_bank(2, "medquad", 16384, {"epochs": 10, "mask": False})
+    one = by_default(bank(16384, seed=2, epochs=10, mask=False))
     assert is_default(one, 16384) and not is_default(one, 4096)
     assert not is_default(replace(one, options=CHOSEN | SPREAD), 16384)
 
 
 def test_what_masking_is_worth_is_told_by_setting():
     def default(size: int, ndcg: float, **change) -> rows.Row:
-        return row(default_bank(1, "squad_sent", size, change), ndcg, [])
+        return row(by_default(bank(size, **change)), ndcg, [])
 
     done = [
         row(bank(128, epochs=10), 0.5, []),

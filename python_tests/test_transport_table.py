@@ -33,6 +33,7 @@ def test_a_table_may_stay_while_vectors_are_moved(device, drift, layout, both, c
             oracle.transport(*pairs[:2], "queries", 3.0, False, anew)
             oracle.transport(*pairs[2:], "passages", 3.0, False, anew)
             moved += 1
+            assert not anew or oracle.lagging_scores(0.2) is None
         lagging = oracle.lagging_scores(0.2)
         if lagging is not None:
             now = torch.einsum("id,jmd->ijm", oracle.queries(), oracle.passages())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.drift.bank_tables import CHOSEN
@@ -15,24 +15,19 @@ AUTO_UPDATES = 4  # of slots: an automatic bank
 WIDE_EPOCHS = 3  # in which more take part
 
 
-def default_bank(seed: int, data: str, bank: int, change: dict[str, Any]) -> Setting:
-    """A bank of more than two updates of slots in a training that differs by `change`."""
-    plain = replace(Setting(data, seed, bank=bank, correction="follow-mean"), **change)
+def by_default(setting: Setting) -> Setting:
+    """With the correction that the library has by default for more than two updates of slots."""
+    updates = setting.bank / setting.update_size
     options: dict[str, Any] = CHOSEN | SPREAD
-    automatic = AUTO_UPDATES * plain.update_size
-    if bank > automatic and plain.row_weighting == "all":
+    if updates > AUTO_UPDATES and setting.row_weighting == "all":
         options = options | {"narrow": 0.0}
-    elif bank > automatic and plain.epochs > WIDE_EPOCHS:
-        options = options | {"narrow": WIDE_EPOCHS / plain.epochs}
-    if bank > PARTS * plain.update_size:
+    elif updates > AUTO_UPDATES and setting.epochs > WIDE_EPOCHS:
+        options = options | {"narrow": WIDE_EPOCHS / setting.epochs}
+    if updates > PARTS:
         options = options | {"parts": PARTS}
-    return replace(plain, options=options)
+    return replace(setting, correction="follow-mean", options=options)
 
 
 def is_default(setting: Setting, bank: int) -> bool:
     """Whether it is what the library does with so many slots, more than two updates of them."""
-    if setting.bank != bank:
-        return False
-    own = {"data", "seed", "bank", "correction", "options"}
-    change = {name: value for name, value in asdict(setting).items() if name not in own}
-    return setting == default_bank(setting.seed, setting.data, bank, change)
+    return setting.bank == bank and setting == by_default(setting)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from benchmarks.drift.bank_tables import EVERYWHERE, plain_banks
-from benchmarks.drift.default_bank import default_bank
+from benchmarks.drift.default_bank import by_default
 from benchmarks.drift.families import DATA
 from benchmarks.drift.settings import Setting
 
@@ -21,18 +22,19 @@ _CHANGES: tuple[dict[str, Any], ...] = (
 TRAINING_SET = 16384  # slots: more than medquad has queries, four in five of squad_sent's
 
 
+def _lines(sizes: Callable[[dict[str, Any]], Sequence[int]]) -> Iterator[list[Setting]]:
+    """For each seed, setting and set: in-batch, a plain bank of 128, the default of these sizes."""
+    for seed in (1, 2, 3):
+        for change in _CHANGES:
+            for data in DATA:
+                plain = [replace(x, **change) for x in plain_banks(seed, data)]
+                banks = (Setting(data, seed, bank=size) for size in sizes(change))
+                yield plain + [by_default(replace(x, **change)) for x in banks]
+
+
 def trainset() -> list[Setting]:
     """The default with a bank of the training set's size, in every setting."""
-    return [
-        x
-        for seed in (1, 2, 3)
-        for change in _CHANGES
-        for data in DATA
-        for x in (
-            *(replace(x, **change) for x in plain_banks(seed, data)),
-            default_bank(seed, data, TRAINING_SET, change),
-        )
-    ]
+    return [x for line in _lines(lambda _: (TRAINING_SET,)) for x in line]
 
 
 def masking() -> list[Setting]:
@@ -40,12 +42,5 @@ def masking() -> list[Setting]:
 
     In-batch training, a plain bank of 128 slots, the default of 512, and larger ones of it.
     """
-    found = []
-    for seed in (1, 2, 3):
-        for change in _CHANGES:
-            for data in DATA:
-                here = [replace(x, **change) for x in plain_banks(seed, data)]
-                sizes = (512, 4096) if change else (512, 4096, TRAINING_SET)
-                here += [default_bank(seed, data, size, change) for size in sizes]
-                found += [*here, *(replace(x, mask=False) for x in here)]
-    return found
+    lines = _lines(lambda change: (512, 4096) if change else (512, 4096, TRAINING_SET))
+    return [x for line in lines for x in (*line, *(replace(x, mask=False) for x in line))]
